@@ -8,9 +8,10 @@ import (
 	"math/bits"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // A Config is a checked configuration. Its zero value is not valid: start with Default,
@@ -230,7 +231,7 @@ const NoPool PortPool = "none"
 func (p PortPool) String() string { return string(p) }
 
 // Ranges returns the ranges of a pool, sorted. They do not overlap.
-func (p PortPool) Ranges() (all []PortRange) {
+func (p PortPool) Ranges() (all cone.PortRanges) {
 	for text := range strings.SplitSeq(string(p), ",") {
 		if r, ok := parsePorts(text); ok {
 			all = append(all, r)
@@ -240,37 +241,9 @@ func (p PortPool) Ranges() (all []PortRange) {
 }
 
 // poolOf returns the pool with these ports.
-func poolOf(ranges []PortRange) PortPool {
-	slices.SortFunc(ranges, func(a, b PortRange) int { return cmp.Compare(a.First, b.First) })
-	var texts []string
-	for i := 0; i < len(ranges); {
-		r := ranges[i]
-		for i++; i < len(ranges) && int(ranges[i].First) <= int(r.Last)+1; i++ {
-			r.Last = max(r.Last, ranges[i].Last)
-		}
-		texts = append(texts, r.String())
-	}
-	return PortPool(strings.Join(texts, ","))
+func poolOf(ranges cone.PortRanges) PortPool {
+	return PortPool(ranges.Merged().Text())
 }
-
-// PortRange is the range of ports from First to Last, both included.
-type PortRange struct{ First, Last uint16 }
-
-func (r PortRange) String() string {
-	if r.First == r.Last {
-		return strconv.Itoa(int(r.First))
-	}
-	return fmt.Sprintf("%d-%d", r.First, r.Last)
-}
-
-// Has reports whether port p is in the range.
-func (r PortRange) Has(p uint16) bool { return r.First <= p && p <= r.Last }
-
-// Len returns the number of ports in r.
-func (r PortRange) Len() int { return int(r.Last) - int(r.First) + 1 }
-
-// Overlaps reports whether two ranges have a port in common.
-func (r PortRange) Overlaps(o PortRange) bool { return r.First <= o.Last && o.First <= r.Last }
 
 // Filtering says who may send to a mapping.
 type Filtering string

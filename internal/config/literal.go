@@ -7,6 +7,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // Literal returns a value of a field of Config or Subnet as TOML. It panics if no field has
@@ -27,11 +29,11 @@ func Literal(v any) string {
 	case slog.Level:
 		return quote(strings.ToLower(v.String()))
 	case []uint16:
-		return joined(PortRanges(v), func(r PortRange) string {
+		return joined(PortRanges(v), func(r cone.PortRange) string {
 			if r.First == r.Last {
-				return r.String()
+				return r.Text()
 			}
-			return quote(r.String())
+			return quote(r.Text())
 		})
 	case []string:
 		return joined(v, quote)
@@ -94,18 +96,18 @@ func shortDuration(d time.Duration) string {
 }
 
 // PortRanges returns sorted ports as ranges; fewer than three ports are no range.
-func PortRanges(ports []uint16) (all []PortRange) {
+func PortRanges(ports []uint16) (all cone.PortRanges) {
 	for i := 0; i < len(ports); {
 		j := i + 1
 		for j < len(ports) && ports[j] == ports[j-1]+1 {
 			j++
 		}
 		if j-i > 2 {
-			all = append(all, PortRange{ports[i], ports[j-1]})
+			all = append(all, cone.PortRange{First: ports[i], Last: ports[j-1]})
 			i = j
 			continue
 		}
-		all = append(all, PortRange{ports[i], ports[i]})
+		all = append(all, cone.PortRange{First: ports[i], Last: ports[i]})
 		i++
 	}
 	return all

@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // expected returns the error for a value that differs from what was expected.
@@ -130,7 +132,7 @@ func portPool(v any) (PortPool, error) {
 	if len(items) == 1 && items[0] == string(NoPool) {
 		return NoPool, nil
 	}
-	var ranges []PortRange
+	var ranges cone.PortRanges
 	for i, item := range items {
 		text, _ := item.(string)
 		if n, ok := item.(int64); ok {
@@ -172,18 +174,18 @@ func portList(v any) ([]uint16, error) {
 	return slices.Compact(all), nil
 }
 
-func portOrRange(v any) (PortRange, error) {
+func portOrRange(v any) (cone.PortRange, error) {
 	if n, _ := v.(int64); n >= 1 && n <= 65535 {
-		return PortRange{uint16(n), uint16(n)}, nil
+		return cone.PortRange{First: uint16(n), Last: uint16(n)}, nil
 	}
 	if r, ok := parseRange(v); ok {
 		return r, nil
 	}
-	return PortRange{}, expected(`a port between 1 and 65535 or a range such as "10000-20000"`, v)
+	return cone.PortRange{}, expected(`a port between 1 and 65535 or a range such as "10000-20000"`, v)
 }
 
 // parsePorts reads one port, or two with a dash between them.
-func parsePorts(text string) (r PortRange, ok bool) {
+func parsePorts(text string) (r cone.PortRange, ok bool) {
 	if !strings.Contains(text, "-") {
 		text += "-" + text
 	}
@@ -191,12 +193,12 @@ func parsePorts(text string) (r PortRange, ok bool) {
 }
 
 // parseRange reads two ports with a dash between them.
-func parseRange(v any) (r PortRange, ok bool) {
+func parseRange(v any) (r cone.PortRange, ok bool) {
 	s, _ := v.(string)
 	first, last, _ := strings.Cut(s, "-")
 	a, err := strconv.ParseUint(first, 10, 16)
 	b, err2 := strconv.ParseUint(last, 10, 16)
-	return PortRange{uint16(a), uint16(b)}, err == nil && err2 == nil && a >= 1 && a <= b
+	return cone.PortRange{First: uint16(a), Last: uint16(b)}, err == nil && err2 == nil && a >= 1 && a <= b
 }
 
 // number accepts a number from least to most.

@@ -13,7 +13,6 @@ import (
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/mapping"
 	"github.com/conenatd/conenatd/internal/rules/elements"
-	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // forgetAddresses ends the mappings to addresses that the gateway's links have lost, and
@@ -135,9 +134,7 @@ func (f *firewall) noteMasqueraded(kernel *elements.Mappings, mayBeFixed func(ne
 // to an address, and whether there may be others.
 func (f *firewall) fixedByRules() (fixed func(netip.Addr) bool, unknown bool) {
 	rules, unknown := f.fixedSources()
-	return func(a netip.Addr) bool {
-		return slices.ContainsFunc(rules, func(r userrules.AddrRange) bool { return r.Has(a) })
-	}, unknown
+	return rules.Has, unknown
 }
 
 // knowAddresses notes the addresses of an earlier daemon's time: once those of mappings, and

@@ -58,7 +58,7 @@ func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	// not dropped, but the kernel does not learn from doubtful ones.
 	d.Spoofed = cfg.Guard && f.around.waysRead && !f.around.ways.Hidden
 	if f.around.ways.BySource {
-		d.Published = ranges(f.published)
+		d.Published = f.published
 	}
 	if f.withMap {
 		d.Map = f.mapConfig(cfg)

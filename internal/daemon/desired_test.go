@@ -5,6 +5,7 @@ import (
 	"reflect"
 	"testing"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/userrules"
@@ -18,7 +19,7 @@ import (
 func TestDesiredFollowsWhatWasObserved(t *testing.T) {
 	cfg := config.Default()
 	cfg.Subnets = []config.Subnet{{Prefix: netip.MustParsePrefix("10.47.0.0/16"), Mapping: config.EndpointIndependentMapping}}
-	published := userrules.AddrRange{First: netip.MustParseAddr("198.51.100.9"), Last: netip.MustParseAddr("198.51.100.9")}
+	published := cone.AddrRange{First: netip.MustParseAddr("198.51.100.9"), Last: netip.MustParseAddr("198.51.100.9")}
 	for name, tc := range map[string]struct {
 		around             surroundings
 		helpers            []string
@@ -35,7 +36,7 @@ func TestDesiredFollowsWhatWasObserved(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := &firewall{
-				around: tc.around, helpers: tc.helpers, published: []userrules.AddrRange{published},
+				around: tc.around, helpers: tc.helpers, published: cone.AddrRanges{published},
 				user: &userrules.Ruleset{}, mappedLinks: []string{"wan0", "wan1"}, withMap: true,
 			}
 			before := *f

@@ -26,7 +26,7 @@ func (f *firewall) divert(cfg config.Config, network gateway.Network) (changed b
 	f.divertedOwn = own
 	for _, d := range all {
 		// The gateway's own addresses are no peers.
-		isOwn := func(r userrules.AddrRange) bool { return r.First == r.Last && slices.Contains(own, r.First) }
+		isOwn := func(r cone.AddrRange) bool { return r.First == r.Last && slices.Contains(own, r.First) }
 		if slices.ContainsFunc(d.Peers, isOwn) {
 			if d.Peers = slices.DeleteFunc(slices.Clone(d.Peers), isOwn); len(d.Peers) == 0 {
 				continue
@@ -69,18 +69,7 @@ func (f *firewall) endDiverted(cfg config.Config) error {
 // diversions are what the tables do about them.
 func (f *firewall) diversions() (all []rules.Diversion) {
 	for _, d := range f.diverted {
-		x := rules.Diversion{Hosts: ranges(d.Hosts), Peers: ranges(d.Peers)}
-		for _, r := range d.Ports {
-			x.Ports = append(x.Ports, rules.PortRange(r))
-		}
-		all = append(all, x)
-	}
-	return all
-}
-
-func ranges(list []userrules.AddrRange) (all []rules.AddrRange) {
-	for _, r := range list {
-		all = append(all, rules.AddrRange(r))
+		all = append(all, rules.Diversion{Hosts: d.Hosts, Peers: d.Peers, Ports: d.Ports})
 	}
 	return all
 }

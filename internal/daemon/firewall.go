@@ -13,7 +13,6 @@ import (
 	"github.com/conenatd/conenatd/internal/evidence"
 	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
-	"github.com/conenatd/conenatd/internal/portpool"
 	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 	"github.com/conenatd/conenatd/internal/userrules"
@@ -78,7 +77,7 @@ type firewall struct {
 	counting                   []counting                          // what witnesses and nowhere have counted by
 	retry                      evidence.Retry                      // of evidence against rules
 	dumped                     bool                                // flows were dumped since evidence was read last
-	pools                      map[config.PortPool]portpool.Ranges // the pools that usedUp counts for
+	pools                      map[config.PortPool]cone.PortRanges // the pools that usedUp counts for
 
 	// The user's rules, as read last.
 	reader *userrules.Reader  // nil before the first time
@@ -101,8 +100,8 @@ type firewall struct {
 		of              *userrules.Ruleset // by these rules; nil before they were found
 		own             map[string]netip.Addr
 	}
-	destinations []userrules.AddrRange // to which they lead packets on, if rules name them
-	published    []userrules.AddrRange // those that are not the gateway's
+	destinations cone.AddrRanges // to which they lead packets on, if rules name them
+	published    cone.AddrRanges // those that are not the gateway's
 
 	repaired uint64 // how often others' changes of the tables were undone
 }
@@ -263,7 +262,7 @@ func insideLinks(network gateway.Network) (links []userrules.Link) {
 
 // fixedSources returns the addresses to which the user's rules translate sources, and whether
 // there may be others.
-func (f *firewall) fixedSources() (addrs []userrules.AddrRange, unknown bool) {
+func (f *firewall) fixedSources() (addrs cone.AddrRanges, unknown bool) {
 	if f.unread != nil || f.user == nil {
 		return nil, true
 	}

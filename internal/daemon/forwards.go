@@ -37,7 +37,7 @@ func (f *firewall) forwards(subnets []netip.Prefix, network gateway.Network) (co
 	}
 	f.told, f.telling.of = nil, nil
 	var possible, understood, certain, hiding []userrules.Forward
-	var dests []userrules.AddrRange
+	var dests cone.AddrRanges
 	for _, r := range all {
 		dests = append(dests, r.Addrs...)
 		if r.Unread || r.Unknown || r.Most {
@@ -59,7 +59,7 @@ func (f *firewall) forwards(subnets []netip.Prefix, network gateway.Network) (co
 		}
 	}
 	f.telling.understood = understood
-	f.destinations = userrules.Union(dests)
+	f.destinations = dests.Merged()
 	f.reached = reachedBy(all)
 	cover(&f.forwarded, possible)
 	cover(&f.understood, understood)
@@ -133,7 +133,7 @@ func keepsAway(r userrules.Forward, subnets []netip.Prefix) bool {
 		if r.To.Port() == 0 && to.IsValid() && to.Bits() <= s.Bits() && to.Contains(s.Addr()) {
 			return false
 		}
-		return r.Addrs == nil || slices.ContainsFunc(r.Addrs, func(a userrules.AddrRange) bool { return a.First.Is4() == s.Addr().Is4() })
+		return r.Addrs == nil || slices.ContainsFunc(r.Addrs, func(a cone.AddrRange) bool { return a.First.Is4() == s.Addr().Is4() })
 	})
 }
 
@@ -162,7 +162,7 @@ func (f *firewall) isOneToOne(r userrules.Forward) bool {
 		return false
 	}
 	of := func(a netip.Addr) bool {
-		return !a.IsValid() || slices.ContainsFunc(r.Addrs, func(x userrules.AddrRange) bool { return x.Has(a) })
+		return !a.IsValid() || r.Addrs.Has(a)
 	}
 	return !slices.ContainsFunc(f.user.SourceNAT(), func(n userrules.SourceNAT) bool {
 		if len(n.Sources) == 1 && hosts.Contains(n.Sources[0].First) && hosts.Contains(n.Sources[0].Last) {
@@ -172,8 +172,8 @@ func (f *firewall) isOneToOne(r userrules.Forward) bool {
 		for link, own := range f.ownAddrs {
 			masquerades = masquerades || n.Masquerade && n.LeavesBy(link) && of(own)
 		}
-		return n.Unknown || masquerades || slices.ContainsFunc(n.Addrs, func(a userrules.AddrRange) bool {
-			return slices.ContainsFunc(r.Addrs, func(x userrules.AddrRange) bool { return x.Has(a.First) || a.Has(x.First) })
+		return n.Unknown || masquerades || slices.ContainsFunc(n.Addrs, func(a cone.AddrRange) bool {
+			return slices.ContainsFunc(r.Addrs, func(x cone.AddrRange) bool { return x.Has(a.First) || a.Has(x.First) })
 		})
 	})
 }
@@ -221,7 +221,7 @@ func (w *warnings) addForward(r userrules.Forward, withMap bool) {
 func forwardOf(all []userrules.Forward, peer netip.Addr, ext netip.AddrPort) (found *userrules.Forward) {
 	for i := range all {
 		r := &all[i]
-		has := func(a userrules.AddrRange) bool { return a.Has(peer) }
+		has := func(a cone.AddrRange) bool { return a.Has(peer) }
 		switch {
 		case r.Sources != nil && !slices.ContainsFunc(r.Sources, has):
 		case !r.Covers(cone.EndpointFrom(ext)):

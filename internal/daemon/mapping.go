@@ -45,11 +45,7 @@ func (f *firewall) mappingConfig(cfg config.Config) *rules.MappingConfig {
 		return nil
 	}
 	for _, wanted := range poolsOf(cfg) {
-		p := rules.Pool{Subnets: pools[wanted]}
-		for _, r := range ports.pools[wanted] {
-			p.Ports = append(p.Ports, rules.PortRange(r))
-		}
-		c.Pools = append(c.Pools, p)
+		c.Pools = append(c.Pools, rules.Pool{Subnets: pools[wanted], Ports: ports.pools[wanted]})
 	}
 	return c
 }

@@ -6,12 +6,12 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/mapping"
-	"github.com/conenatd/conenatd/internal/portpool"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
@@ -31,7 +31,7 @@ type oldPorts struct {
 // A hostPool has the ports of a pool for some hosts.
 type hostPool struct {
 	hosts netip.Prefix
-	ports portpool.Ranges
+	ports cone.PortRanges
 }
 
 // chosenSince notes the hosts for which rules choose ports now and did not before.
@@ -50,7 +50,7 @@ func (o *oldPorts) chosenSince(before, now map[string][]netip.Prefix) {
 }
 
 // leavePools notes which hosts have another port_pool than before.
-func (o *oldPorts) leavePools(before config.Config, pools map[config.PortPool]portpool.Ranges, now config.Config) {
+func (o *oldPorts) leavePools(before config.Config, pools map[config.PortPool]cone.PortRanges, now config.Config) {
 	for _, s := range before.Subnets {
 		same := slices.ContainsFunc(now.Subnets, func(n config.Subnet) bool {
 			return n.Prefix == s.Prefix && now.Pool(n) == before.Pool(s)
@@ -97,7 +97,7 @@ func (f *firewall) outdated(cfg config.Config) func(elements.Mapping) bool {
 
 // hostPools returns the pool ports that hosts may have. These include all ports that the user
 // names, even if pools leaves some out at present.
-func hostPools(cfg config.Config, pools map[config.PortPool]portpool.Ranges) (all []hostPool) {
+func hostPools(cfg config.Config, pools map[config.PortPool]cone.PortRanges) (all []hostPool) {
 	for _, s := range cfg.Subnets {
 		if s.Mapping == config.EndpointIndependentMapping {
 			wanted := cfg.Pool(s)

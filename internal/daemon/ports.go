@@ -25,7 +25,7 @@ const betweenLooks = time.Second
 
 // outsidePorts are the ports that mappings may and may not have.
 type outsidePorts struct {
-	pools  map[config.PortPool]portpool.Ranges // ports for newcomers, by each port_pool in use
+	pools  map[config.PortPool]cone.PortRanges // ports for newcomers, by each port_pool in use
 	served []uint16                            // ports that no new mapping gets, sorted
 	barred []uint16                            // ports in served on which existing mappings end
 
@@ -51,11 +51,11 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 		return ports, nil, err
 	}
 	ports.udpTimeout = max(timeouts.UDP, timeouts.Stream) // an unanswered flow may have been answered before
-	ports.pools = make(map[config.PortPool]portpool.Ranges)
+	ports.pools = make(map[config.PortPool]cone.PortRanges)
 	pools := poolsOf(cfg)
 	for _, wanted := range pools {
 		pool, ok := local.Choose(wanted)
-		all, old := portpool.Ranges(wanted.Ranges()), f.ports.pools[wanted]
+		all, old := wanted.Ranges(), f.ports.pools[wanted]
 		switch {
 		case !ok && len(old) > 0: // it was clear before
 			pool = old
@@ -63,7 +63,7 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 		case !ok:
 			return ports, nil, &portpool.Error{Text: local.Overlap(all), Fix: local.Reserve(all)}
 		case pool.Len() < min(portpool.Wanted, all.Len()) || len(all) > 0 && !pool.Overlaps(all):
-			out.addWithFix(warnPoolMoved, aboutPool(cfg, wanted), local.Reserve(all), "hosts get outside ports %v: %s", pool, local.Overlap(all))
+			out.addWithFix(warnPoolMoved, aboutPool(cfg, wanted), local.Reserve(all), "hosts get outside ports %v: %s", pool.Text(), local.Overlap(all))
 		}
 		ports.pools[wanted] = pool
 	}
@@ -82,9 +82,9 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 		switch all := forwardedPorts(pool, addrs, forwarded); {
 		case len(all) == 0:
 		case len(all) == pool.Len(): // to skip them would leave no pool
-			out.add(warnPoolForwarded, about, "rules of yours forward all of port_pool %v: hosts that get a port of it are reached by nobody new", pool)
+			out.add(warnPoolForwarded, about, "rules of yours forward all of port_pool %v: hosts that get a port of it are reached by nobody new", pool.Text())
 		default:
-			out.add(warnPoolForwarded, about, "rules of yours forward ports of port_pool %v, such as %d: hosts get the other ones", pool, all[0])
+			out.add(warnPoolForwarded, about, "rules of yours forward ports of port_pool %v, such as %d: hosts get the other ones", pool.Text(), all[0])
 			ports.served = sorted(append(ports.served, all...))
 		}
 	}
@@ -111,7 +111,7 @@ func aboutPool(cfg config.Config, pool config.PortPool) string {
 }
 
 // all returns the ports of all pools.
-func (p *outsidePorts) all() (all portpool.Ranges) {
+func (p *outsidePorts) all() (all cone.PortRanges) {
 	for _, wanted := range slices.Sorted(maps.Keys(p.pools)) {
 		all = append(all, p.pools[wanted]...)
 	}
@@ -130,8 +130,8 @@ func poolText(cfg config.Config) string {
 }
 
 // samePools reports whether two have the same pools.
-func samePools(a, b map[config.PortPool]portpool.Ranges) bool {
-	return maps.EqualFunc(a, b, func(x, y portpool.Ranges) bool { return slices.Equal(x, y) })
+func samePools(a, b map[config.PortPool]cone.PortRanges) bool {
+	return maps.EqualFunc(a, b, func(x, y cone.PortRanges) bool { return slices.Equal(x, y) })
 }
 
 // readTimeouts reads how long conntrack keeps UDP flows.
@@ -156,7 +156,7 @@ func readTimeouts() (t cone.Timeouts, err error) {
 // inPool returns a warning if some of the served ports, which sockets of the gateway have,
 // are in the pool. It names the same port for as long as that is in use, since others may
 // come and go.
-func (f *firewall) inPool(pool portpool.Ranges, served []uint16) string {
+func (f *firewall) inPool(pool cone.PortRanges, served []uint16) string {
 	if !pool.Has(f.portInPool) || !slices.Contains(served, f.portInPool) {
 		i := slices.IndexFunc(served, pool.Has)
 		if i < 0 {
@@ -165,7 +165,7 @@ func (f *firewall) inPool(pool portpool.Ranges, served []uint16) string {
 		f.portInPool = served[i]
 	}
 	return fmt.Sprintf("sockets of the gateway have ports of port_pool %v, such as %d ('ss -ulnp sport = :%d' names the program): hosts get the other ones",
-		pool, f.portInPool, f.portInPool)
+		pool.Text(), f.portInPool, f.portInPool)
 }
 
 // translatedAddrs returns the gateway's addresses to which hosts are translated: those on
@@ -195,7 +195,7 @@ func servedPorts(outside map[cone.Addr]string, sockets *gateway.PortSet) (all []
 
 // forwardedPorts returns the ports of the pool that rules of the user's forward on one of the
 // outside addresses.
-func forwardedPorts(pool portpool.Ranges, outside map[cone.Addr]string, forwarded func(cone.Endpoint) bool) (all []uint16) {
+func forwardedPorts(pool cone.PortRanges, outside map[cone.Addr]string, forwarded func(cone.Endpoint) bool) (all []uint16) {
 	for a := range outside {
 		for _, r := range pool {
 			for p := int(r.First); a.Is4() && forwarded != nil && p <= int(r.Last); p++ {

@@ -3,8 +3,8 @@ package daemon
 import (
 	"slices"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/gateway"
-	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // mostPublished bounds the destinations that forwards publish, and a range of them in addresses: a
@@ -15,7 +15,7 @@ const mostPublished = 1 << 10
 // and reports whether they have changed. forwards must have been called.
 func (f *firewall) publish(network gateway.Network) (changed bool) {
 	own := network.Topology().Local
-	published := slices.DeleteFunc(slices.Clone(f.destinations), func(r userrules.AddrRange) bool {
+	published := slices.DeleteFunc(slices.Clone(f.destinations), func(r cone.AddrRange) bool {
 		return r.First == r.Last && slices.Contains(own, r.First) || !r.Few(mostPublished)
 	})
 	published = published[:min(len(published), mostPublished)]

@@ -61,7 +61,7 @@ func TestForwardsAreComparedWithSourceNATOnce(t *testing.T) {
 func TestSharedForwardsFollowAddressesWhileRulesAreUnread(t *testing.T) {
 	public := netip.MustParseAddr("198.51.100.2")
 	oneToOne := userrules.Forward{
-		All: true, Most: true, To: netip.MustParseAddrPort("10.47.11.109:0"), Addrs: []userrules.AddrRange{{First: public, Last: public}},
+		All: true, Most: true, To: netip.MustParseAddrPort("10.47.11.109:0"), Addrs: cone.AddrRanges{{First: public, Last: public}},
 	}
 	f := &firewall{user: &userrules.Ruleset{}, told: []userrules.Forward{oneToOne}}
 	f.telling.understood = f.told
@@ -121,7 +121,7 @@ func TestForwardIsWarnedOfWhereItMayKeepPeersFromServedHosts(t *testing.T) {
 // Fails when a forward of some ports is said to be one of all.
 func TestForwardOfMostPortsIsNamedSo(t *testing.T) {
 	host := netip.MustParseAddrPort("10.47.11.109:0")
-	some := []userrules.AddrRange{{First: netip.MustParseAddr("203.0.113.0"), Last: netip.MustParseAddr("203.0.113.255")}}
+	some := cone.AddrRanges{{First: netip.MustParseAddr("203.0.113.0"), Last: netip.MustParseAddr("203.0.113.255")}}
 	for text, r := range map[string]userrules.Forward{
 		"a rule forwards all ports to 10.47.11.109, so that no peer gets to another inside host by a permission on its addresses: r": {All: true, Most: true, To: host, Text: "r"},
 		"a rule forwards most ports to 10.47.11.109, so that no peer gets to another inside host by a permission on these: r":        {Most: true, To: host, Text: "r"},

@@ -4,12 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/gateway"
-	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // Fixed are the flows whose outside address stays as it is: those with a mapping, which
@@ -78,7 +76,7 @@ func Delete(q *ctwatch.Queries, flows []cone.Flow) error {
 // current and former outside links; fixed are the addresses to which rules of the user's
 // translate, and unknown says that there may be others. It closes routes.
 func (x *Fixed) EndWrongLinks(
-	network gateway.Network, routes *Router, outside map[string]bool, fixed []userrules.AddrRange, unknown bool,
+	network gateway.Network, routes *Router, outside map[string]bool, fixed cone.AddrRanges, unknown bool,
 ) (ended, doubtful int, err error) {
 	if !x.maps || network.HidesWays(gateway.IPv4) {
 		return 0, 0, nil
@@ -97,7 +95,7 @@ func (x *Fixed) EndWrongLinks(
 	}
 	right := make(map[way]bool) // the host has a flow there with the link's own address
 	surely := func(f *cone.Flow) bool {
-		return !unknown && !slices.ContainsFunc(fixed, func(r userrules.AddrRange) bool { return r.Has(f.ReplyDst.Addr.Netip()) })
+		return !unknown && !fixed.Has(f.ReplyDst.Addr.Netip())
 	}
 	// Doubtful flows are checked again once all flows were seen.
 	wrong := func(last bool) func(f *cone.Flow) bool {

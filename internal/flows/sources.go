@@ -117,7 +117,7 @@ func (s *Sources) gives(rs *userrules.Ruleset, l gateway.Link, f *brokenFlow) bo
 	if n.Masquerade && !slices.ContainsFunc(s.byLink[l.Index], func(o ownAddr) bool { return o.addr.Is4() == f.Src.Addr.Is4() && !o.narrow }) {
 		return false
 	}
-	return !slices.ContainsFunc(n.Addrs, func(r userrules.AddrRange) bool { return r.Has(f.source()) })
+	return !n.Addrs.Has(f.source())
 }
 
 // Lost reports whether a link had an address that the gateway no longer has.

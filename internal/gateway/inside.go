@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
@@ -53,7 +54,7 @@ func (c *conn) linkToAll(subnet netip.Prefix) (int, error) {
 
 // someHosts returns the first two and the last two hosts of a subnet.
 func someHosts(subnet netip.Prefix) []netip.Addr {
-	first, last := subnet.Masked().Addr(), nfnl.LastAddr(subnet)
+	first, last := subnet.Masked().Addr(), cone.RangeOf(subnet).Last
 	if first.BitLen()-subnet.Bits() < 3 {
 		return []netip.Addr{first, last}
 	}

@@ -16,7 +16,7 @@ import (
 func TestMappingsOfOlderFlowsStay(t *testing.T) {
 	addr := netip.MustParseAddr
 	to := func(a string, links ...string) userrules.SourceNAT {
-		return userrules.SourceNAT{Chain: "c", Addrs: []userrules.AddrRange{{First: addr(a), Last: addr(a)}}, Links: links}
+		return userrules.SourceNAT{Chain: "c", Addrs: cone.AddrRanges{{First: addr(a), Last: addr(a)}}, Links: links}
 	}
 	for name, tc := range map[string]struct {
 		rules []userrules.SourceNAT

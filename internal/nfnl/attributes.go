@@ -2,7 +2,6 @@ package nfnl
 
 import (
 	"encoding/binary"
-	"net/netip"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -82,16 +81,6 @@ func LinkKey(name string) []byte {
 	key := make([]byte, unix.IFNAMSIZ)
 	copy(key[:unix.IFNAMSIZ-1], name)
 	return key
-}
-
-// LastAddr returns the last address of a prefix, which is the end of its interval.
-func LastAddr(p netip.Prefix) netip.Addr {
-	b := p.Masked().Addr().AsSlice()
-	for bit := p.Bits(); bit < 8*len(b); bit++ {
-		b[bit/8] |= 0x80 >> (bit % 8)
-	}
-	a, _ := netip.AddrFromSlice(b)
-	return a
 }
 
 // FamilyName returns nft's name of a table family, or "" if the family is not for IPv4,

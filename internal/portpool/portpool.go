@@ -5,10 +5,10 @@ package portpool
 import (
 	"fmt"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 )
 
@@ -25,12 +25,12 @@ const (
 )
 
 // unprivileged are the ports that programs without privileges may use.
-var unprivileged = config.PortRange{First: 1024, Last: 65535}
+var unprivileged = cone.PortRange{First: 1024, Last: 65535}
 
 // Local are the ports that the kernel gives to the gateway's own sockets: those
 // of ip_local_port_range that are not in ip_local_reserved_ports.
 type Local struct {
-	given    config.PortRange
+	given    cone.PortRange
 	reserved string // as the kernel lists them
 	is       [1 << 16]bool
 }
@@ -72,12 +72,12 @@ func newLocal(given, reserved string) (*Local, error) {
 		if err != nil || err2 != nil {
 			return nil, fmt.Errorf("read %s: %q is no range of ports", reserveKey, r)
 		}
-		l.set(config.PortRange{First: uint16(a), Last: uint16(b)}, false)
+		l.set(cone.PortRange{First: uint16(a), Last: uint16(b)}, false)
 	}
 	return l, nil
 }
 
-func (l *Local) set(r config.PortRange, local bool) {
+func (l *Local) set(r cone.PortRange, local bool) {
 	for p := int(r.First); p <= int(r.Last); p++ {
 		l.is[p] = local
 	}
@@ -85,14 +85,14 @@ func (l *Local) set(r config.PortRange, local bool) {
 
 // clear returns the longest part of r that has no local port, and how many ports it
 // has. Of two that are equally long it returns the upper one.
-func (l *Local) clear(r config.PortRange) (part config.PortRange, n int) {
+func (l *Local) clear(r cone.PortRange) (part cone.PortRange, n int) {
 	first := int(r.First)
 	for p := int(r.First); p <= int(r.Last); p++ {
 		switch {
 		case l.is[p]:
 			first = p + 1
 		case p-first+1 >= n:
-			part, n = config.PortRange{First: uint16(first), Last: uint16(p)}, p-first+1
+			part, n = cone.PortRange{First: uint16(first), Last: uint16(p)}, p-first+1
 		}
 	}
 	return part, n
@@ -101,7 +101,7 @@ func (l *Local) clear(r config.PortRange) (part config.PortRange, n int) {
 // Choose returns ports of the wanted pool that are not local ones: the longest such part
 // of each range. If too few are left of the default pool, which nobody chose, it returns
 // other ports. ok is false if too few are left for a pool.
-func (l *Local) Choose(wanted config.PortPool) (pool Ranges, ok bool) {
+func (l *Local) Choose(wanted config.PortPool) (pool cone.PortRanges, ok bool) {
 	for _, r := range wanted.Ranges() {
 		if part, n := l.clear(r); n > 0 {
 			pool = append(pool, part)
@@ -112,47 +112,18 @@ func (l *Local) Choose(wanted config.PortPool) (pool Ranges, ok bool) {
 		return pool, n > 0 || wanted == config.NoPool
 	}
 	if other, m := l.clear(unprivileged); m > n {
-		pool, n = Ranges{other}, m
+		pool, n = cone.PortRanges{other}, m
 	}
-	if size := Ranges(wanted.Ranges()).Len(); n > size {
+	if size := wanted.Ranges().Len(); n > size {
 		pool[0].First = uint16(int(pool[0].Last) - size + 1)
 	}
 	return pool, n >= leastPool
 }
 
-// Ranges are the ports of a pool, in order.
-type Ranges []config.PortRange
-
-func (p Ranges) String() string {
-	texts := make([]string, len(p))
-	for i, r := range p {
-		texts[i] = r.String()
-	}
-	return strings.Join(texts, ",")
-}
-
-// Len returns how many ports there are.
-func (p Ranges) Len() (n int) {
-	for _, r := range p {
-		n += r.Len()
-	}
-	return n
-}
-
-// Has reports whether port is one of them.
-func (p Ranges) Has(port uint16) bool {
-	return slices.ContainsFunc(p, func(r config.PortRange) bool { return r.Has(port) })
-}
-
-// Overlaps reports whether they have a port in common with others.
-func (p Ranges) Overlaps(others Ranges) bool {
-	return slices.ContainsFunc(p, func(r config.PortRange) bool { return slices.ContainsFunc(others, r.Overlaps) })
-}
-
 // Reserve returns the command that reserves a pool, so that it has no local ports. It
 // returns "" if few local ports would be left: a program that needs one then gets EAGAIN or
 // EADDRINUSE.
-func (l *Local) Reserve(pool Ranges) string {
+func (l *Local) Reserve(pool cone.PortRanges) string {
 	left := *l
 	for _, r := range pool {
 		left.set(r, false)
@@ -160,7 +131,7 @@ func (l *Local) Reserve(pool Ranges) string {
 	if left.count() < leastLocal {
 		return ""
 	}
-	all := pool.String()
+	all := pool.Text()
 	if l.reserved != "" {
 		all = l.reserved + "," + all
 	}
@@ -168,13 +139,13 @@ func (l *Local) Reserve(pool Ranges) string {
 }
 
 // Overlap says that the gateway's own connections use ports of a pool, and how to stop that.
-func (l *Local) Overlap(pool Ranges) string {
-	text := fmt.Sprintf("port_pool %v overlaps the ports of the gateway's own connections (%s = %v)", pool, rangeKey, l.given)
+func (l *Local) Overlap(pool cone.PortRanges) string {
+	text := fmt.Sprintf("port_pool %v overlaps the ports of the gateway's own connections (%s = %v)", pool.Text(), rangeKey, l.given.Text())
 	if reserve := l.Reserve(pool); reserve != "" {
 		return text + ": keep them apart with '" + reserve + "'"
 	}
 	if other, n := l.clear(unprivileged); n > 0 {
-		return text + fmt.Sprintf(", which need them: choose ports of %v", other)
+		return text + fmt.Sprintf(", which need them: choose ports of %v", other.Text())
 	}
 	return text + ", which need them: choose a shorter range for these"
 }

@@ -41,7 +41,7 @@ func TestPoolIsClearOfTheGatewaysOwnPorts(t *testing.T) {
 				t.Fatal(err)
 			}
 			pool, ok := l.Choose(tc.wanted)
-			if ok != (tc.pool != "") || ok && pool.String() != tc.pool.String() {
+			if ok != (tc.pool != "") || ok && pool.Text() != tc.pool.String() {
 				t.Errorf("got %v, %v; want %v", pool, ok, tc.pool)
 			}
 		})

@@ -2,9 +2,9 @@ package rules
 
 import (
 	"fmt"
-	"net/netip"
 	"slices"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables"
 )
 
@@ -13,12 +13,9 @@ import (
 // child belongs to the child's flow, so that the rule would not see it: no child gets in from
 // there.
 type Diversion struct {
-	Hosts, Peers []AddrRange // nil stands for all
-	Ports        []PortRange // of the peers
+	Hosts, Peers cone.AddrRanges // nil stands for all
+	Ports        cone.PortRanges // of the peers
 }
-
-// An AddrRange is a range of addresses of one family, both ends included.
-type AddrRange struct{ First, Last netip.Addr }
 
 const (
 	divertedSet     = "diverted" // and what of which diversion
@@ -57,16 +54,16 @@ func (l *layout) divert(c *nftables.Chain, all []Diversion, families []*ipFamily
 
 // among reports whether addresses of the family are among the ranges. No ranges stand for all
 // addresses.
-func (f *ipFamily) among(all []AddrRange) bool {
+func (f *ipFamily) among(all cone.AddrRanges) bool {
 	return len(all) == 0 || slices.ContainsFunc(all, f.has)
 }
 
-func (f *ipFamily) has(r AddrRange) bool { return r.First.BitLen() == 8*f.size }
+func (f *ipFamily) has(r cone.AddrRange) bool { return r.First.BitLen() == 8*f.size }
 
 // addrIn compares an address of a packet with the set of that name, which has those ranges that
 // are of the family. It is empty if these are all addresses.
-func (l *layout) addrIn(addr operand, name string, f *ipFamily, all []AddrRange) exprs {
-	if len(all) == 0 || slices.ContainsFunc(all, func(r AddrRange) bool {
+func (l *layout) addrIn(addr operand, name string, f *ipFamily, all cone.AddrRanges) exprs {
+	if len(all) == 0 || slices.ContainsFunc(all, func(r cone.AddrRange) bool {
 		return f.has(r) && r.First.IsUnspecified() && !r.Last.Next().IsValid()
 	}) {
 		return nil
@@ -80,7 +77,7 @@ func (l *layout) addrIn(addr operand, name string, f *ipFamily, all []AddrRange)
 }
 
 // portSet returns the set with that name, which has the ports.
-func (l *layout) portSet(name string, ranges []PortRange) *set {
+func (l *layout) portSet(name string, ranges cone.PortRanges) *set {
 	s := l.named(name)
 	if s == nil {
 		s = l.set(name, nftables.TypeInetService)

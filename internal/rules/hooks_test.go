@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/nftables"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
@@ -24,7 +25,7 @@ func TestHooksAreDocumented(t *testing.T) {
 		OutsideLinks: []string{"wan0"}, Subnets: subnets, Guard: true, Spoofed: true, InZone: subnets,
 		Helpers: []string{"RAS"}, Helped: true, MaxChildren: 256, Self: true, UplinkMarks: &UplinkMarks{Mask: 3, Links: []string{"wan0"}},
 		Map:     &MapConfig{Size: 1, Subnets: subnets[:1], Learn: true, LearnRate: 1, Lifetime: time.Minute},
-		Mapping: &MappingConfig{Subnets: subnets[:1], Hairpin: subnets[:1], Pools: []Pool{{subnets[:1], []PortRange{{61_000, 61_999}}}}, Lifetime: time.Minute, Size: 1},
+		Mapping: &MappingConfig{Subnets: subnets[:1], Hairpin: subnets[:1], Pools: []Pool{{subnets[:1], cone.PortRanges{{First: 61_000, Last: 61_999}}}}, Lifetime: time.Minute, Size: 1},
 	}
 	var layouts []*layout
 	for _, d := range []Desired{all, {Quiet: true}} {

@@ -1,16 +1,14 @@
 package rules
 
 import (
-	"cmp"
 	"math"
 	"net"
 	"net/netip"
 	"slices"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
-
-	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // notUnicast are the IPv4 prefixes whose addresses cannot be peers.
@@ -27,9 +25,9 @@ func intervals(all []netip.Prefix) []nftables.SetElement { return ipFamilies[0].
 // intervals returns the elements of a set with the addresses of those prefixes that are of
 // the family.
 func (f *ipFamily) intervals(all []netip.Prefix) []nftables.SetElement {
-	ranges := make([]AddrRange, 0, len(all))
+	ranges := make(cone.AddrRanges, 0, len(all))
 	for _, p := range all {
-		ranges = append(ranges, AddrRange{p.Masked().Addr(), nfnl.LastAddr(p)})
+		ranges = append(ranges, cone.RangeOf(p))
 	}
 	return f.rangeIntervals(ranges)
 }
@@ -37,19 +35,9 @@ func (f *ipFamily) intervals(all []netip.Prefix) []nftables.SetElement {
 // rangeIntervals returns the elements of a set with the addresses of those ranges that are of the
 // family. Each interval has one element for its first address and one for the address behind its
 // last; the second is missing if the interval ends with the address space.
-func (f *ipFamily) rangeIntervals(all []AddrRange) (es []nftables.SetElement) {
-	all = slices.DeleteFunc(slices.Clone(all), func(r AddrRange) bool { return !f.has(r) })
-	slices.SortFunc(all, func(a, b AddrRange) int { return a.First.Compare(b.First) })
-	var merged []AddrRange
-	for _, r := range all {
-		switch n := len(merged) - 1; {
-		case n < 0 || merged[n].Last.Less(r.First) && merged[n].Last.Next() != r.First:
-			merged = append(merged, r)
-		case merged[n].Last.Less(r.Last):
-			merged[n].Last = r.Last
-		}
-	}
-	for _, r := range merged {
+func (f *ipFamily) rangeIntervals(all cone.AddrRanges) (es []nftables.SetElement) {
+	all = slices.DeleteFunc(slices.Clone(all), func(r cone.AddrRange) bool { return !f.has(r) })
+	for _, r := range all.Merged() {
 		es = append(es, nftables.SetElement{Key: r.First.AsSlice()})
 		if behind := r.Last.Next(); behind.IsValid() {
 			es = append(es, nftables.SetElement{Key: behind.AsSlice(), IntervalEnd: true})
@@ -126,9 +114,9 @@ func (o operand) inPrefix(p netip.Prefix, in bool) exprs {
 func (s *set) setPorts(ports []uint16) {
 	ports = slices.Compact(slices.Sorted(slices.Values(ports)))
 	if len(ports) > fewPorts {
-		var ranges []PortRange
+		var ranges cone.PortRanges
 		for _, p := range ports {
-			ranges = append(ranges, PortRange{p, p})
+			ranges = append(ranges, cone.PortRange{First: p, Last: p})
 		}
 		s.setPortRanges(ranges)
 		return
@@ -139,17 +127,12 @@ func (s *set) setPorts(ports []uint16) {
 }
 
 // setPortRanges fills s with ranges of ports, as intervals.
-func (s *set) setPortRanges(ranges []PortRange) {
+func (s *set) setPortRanges(ranges cone.PortRanges) {
 	s.Interval = true
-	ranges = slices.SortedFunc(slices.Values(ranges), func(a, b PortRange) int { return cmp.Compare(a.First, b.First) })
-	for i := 0; i < len(ranges); {
-		first, last := ranges[i].First, ranges[i].Last
-		for i++; i < len(ranges) && int(ranges[i].First) <= int(last)+1; i++ {
-			last = max(last, ranges[i].Last)
-		}
-		s.elements = append(s.elements, nftables.SetElement{Key: be16(first)})
-		if last != math.MaxUint16 {
-			s.elements = append(s.elements, nftables.SetElement{Key: be16(last + 1), IntervalEnd: true})
+	for _, r := range ranges.Merged() {
+		s.elements = append(s.elements, nftables.SetElement{Key: be16(r.First)})
+		if r.Last != math.MaxUint16 {
+			s.elements = append(s.elements, nftables.SetElement{Key: be16(r.Last + 1), IntervalEnd: true})
 		}
 	}
 }

@@ -27,7 +27,7 @@ var mapping = rules.Desired{
 
 // pool is a pool for all hosts.
 func pool(first, last uint16) []rules.Pool {
-	return []rules.Pool{{Subnets: []netip.Prefix{lab.InsideNet}, Ports: []rules.PortRange{{First: first, Last: last}}}}
+	return []rules.Pool{{Subnets: []netip.Prefix{lab.InsideNet}, Ports: cone.PortRanges{{First: first, Last: last}}}}
 }
 
 // withMapping returns mapping after a change.

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/rules/elements"
@@ -250,8 +251,8 @@ func TestNFTListsMappings(t *testing.T) {
 		c.Exempt = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/25")}
 		c.Hairpin = []netip.Prefix{netip.MustParsePrefix("10.47.8.0/22")}
 		c.Pools = []rules.Pool{
-			{Subnets: c.Subnets[:1], Ports: []rules.PortRange{{First: 50000, Last: 50031}, {First: 30001, Last: 30998}, {First: 2, Last: 3}}},
-			{Subnets: c.Subnets[1:], Ports: []rules.PortRange{{First: 61001, Last: 61001}}},
+			{Subnets: c.Subnets[:1], Ports: cone.PortRanges{{First: 50000, Last: 50031}, {First: 30001, Last: 30998}, {First: 2, Last: 3}}},
+			{Subnets: c.Subnets[1:], Ports: cone.PortRanges{{First: 61001, Last: 61001}}},
 		}
 		c.Choosers = map[string][]netip.Prefix{
 			"wan-1.7": {netip.MustParsePrefix("10.47.11.7/32"), netip.MustParsePrefix("10.47.8.16/28")},

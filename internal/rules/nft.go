@@ -10,6 +10,7 @@ import (
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
@@ -350,7 +351,7 @@ func snatToAddr(addr operand) exprs {
 	return append(addr.load(0), &expr.NAT{Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: register(0)})
 }
 
-func snatToRange(addr operand, r PortRange) exprs {
+func snatToRange(addr operand, r cone.PortRange) exprs {
 	const lastWord = 2 * dataWord
 	return join(addr.load(0), constant(be16(r.First)).load(dataWord), constant(be16(r.Last)).load(lastWord), exprs{&expr.NAT{
 		Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: register(0),

@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"math/bits"
 	"slices"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // Each of the lowest bits of an inside address, if set, changes the first port to try by
@@ -26,7 +28,7 @@ type block struct{ first, size, tries int }
 
 // poolTries returns the ports to try, in order. Each block gets tries in proportion to its
 // size.
-func poolTries(pool []PortRange) (all []poolTry) {
+func poolTries(pool cone.PortRanges) (all []poolTry) {
 	blocks := blocksOf(pool)
 	size := 0
 	for _, b := range blocks {
@@ -60,7 +62,7 @@ func poolTries(pool []PortRange) (all []poolTry) {
 }
 
 // blocksOf splits the pool into blocks.
-func blocksOf(pool []PortRange) (blocks []block) {
+func blocksOf(pool cone.PortRanges) (blocks []block) {
 	for _, r := range pool {
 		for first, end := int(r.First), int(r.Last)+1; first < end; {
 			size := 1 << (bits.Len(uint(end-first)) - 1)
@@ -75,6 +77,6 @@ func blocksOf(pool []PortRange) (blocks []block) {
 }
 
 // largest returns the largest range of the pool.
-func largest(pool []PortRange) PortRange {
-	return slices.MaxFunc(pool, func(a, b PortRange) int { return cmp.Compare(a.Last-a.First, b.Last-b.First) })
+func largest(pool cone.PortRanges) cone.PortRange {
+	return slices.MaxFunc(pool, func(a, b cone.PortRange) int { return cmp.Compare(a.Last-a.First, b.Last-b.First) })
 }

@@ -3,21 +3,23 @@ package rules
 import (
 	"slices"
 	"testing"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // Whatever the starting port, each try gives a port of the pool with the same parity, and
 // no two tries give the same port.
 func TestTriesAreInThePool(t *testing.T) {
-	for _, pool := range [][]PortRange{
-		{{61000, 65535}},
-		{{50000, 59999}},
-		{{50000, 50031}},
-		{{50001, 50030}},
-		{{50000, 50001}},
-		{{1, 65535}},
-		{{2, 3}, {40000, 40015}, {30001, 30001}},
-		{{50001, 50001}},
-		{{50001, 50002}},
+	for _, pool := range []cone.PortRanges{
+		{{First: 61000, Last: 65535}},
+		{{First: 50000, Last: 59999}},
+		{{First: 50000, Last: 50031}},
+		{{First: 50001, Last: 50030}},
+		{{First: 50000, Last: 50001}},
+		{{First: 1, Last: 65535}},
+		{{First: 2, Last: 3}, {First: 40000, Last: 40015}, {First: 30001, Last: 30001}},
+		{{First: 50001, Last: 50001}},
+		{{First: 50001, Last: 50002}},
 	} {
 		tries := poolTries(pool)
 		if len(tries) == 0 || len(tries) > poolSteps {
@@ -30,7 +32,7 @@ func TestTriesAreInThePool(t *testing.T) {
 					continue
 				}
 				port = port&try.mask ^ try.xor
-				in := slices.ContainsFunc(pool, func(r PortRange) bool { return r.First <= port && port <= r.Last })
+				in := pool.Has(port)
 				if !in || int(port)&1 != first&1 || slices.Contains(seen, port) {
 					t.Fatalf("%d becomes %d in %v, after %v", first, port, pool, seen)
 				}
@@ -38,9 +40,9 @@ func TestTriesAreInThePool(t *testing.T) {
 			}
 		}
 	}
-	var blocks []PortRange // every 16th of 1,024, as MAP-E with an offset has them
+	var blocks cone.PortRanges // every 16th of 1,024, as MAP-E with an offset has them
 	for first := 1 << 10; first < 1<<16; first += 1 << 10 {
-		blocks = append(blocks, PortRange{First: uint16(first + 64), Last: uint16(first + 79)})
+		blocks = append(blocks, cone.PortRange{First: uint16(first + 64), Last: uint16(first + 79)})
 	}
 	tried := map[uint16]bool{}
 	for _, try := range poolTries(blocks) {

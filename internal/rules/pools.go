@@ -7,12 +7,13 @@ import (
 
 	"github.com/google/nftables"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // A hostPool is a Pool, with what rules need to match its hosts.
 type hostPool struct {
-	ports   []PortRange
+	ports   cone.PortRanges
 	subnets *prefixes // nil if the pool is for all hosts with mappings
 	suffix  string    // of the names of its chains
 }

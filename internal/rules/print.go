@@ -9,10 +9,9 @@ import (
 	"strings"
 	"time"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
-
-	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // Text returns the tables with that name which do what d wants, as a file that nft loads.
@@ -150,7 +149,7 @@ func oneBefore(b []byte) []byte {
 func rangeText(text func([]byte) string, first, last []byte) string {
 	from, ok := netip.AddrFromSlice(first)
 	for bits := 0; ok && bits < 8*len(first); bits++ {
-		if p := netip.PrefixFrom(from, bits); p.Masked() == p && nfnl.LastAddr(p).Compare(netipAddr(last)) == 0 {
+		if p := netip.PrefixFrom(from, bits); p.Masked() == p && cone.RangeOf(p).Last.Compare(netipAddr(last)) == 0 {
 			return p.String()
 		}
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/rules"
 )
@@ -35,7 +36,7 @@ func printed() map[string]rules.Desired {
 		"mapping with a pool of its own for each subnet": withMapping(func(_ *rules.Desired, m *rules.MappingConfig) {
 			other := netip.MustParsePrefix("192.168.7.0/24")
 			m.Subnets = append(slices.Clone(m.Subnets), other)
-			m.Pools = append(slices.Clone(m.Pools), rules.Pool{Subnets: m.Subnets[1:], Ports: []rules.PortRange{{First: 7472, Last: 7487}, {First: 11567, Last: 11567}}})
+			m.Pools = append(slices.Clone(m.Pools), rules.Pool{Subnets: m.Subnets[1:], Ports: cone.PortRanges{{First: 7472, Last: 7487}, {First: 11567, Last: 11567}}})
 			m.Hairpin = m.Subnets[:1]
 			m.Choosers = map[string][]netip.Prefix{"wan0": {netip.MustParsePrefix("10.47.11.109/32")}}
 		}),
@@ -47,14 +48,14 @@ func printed() map[string]rules.Desired {
 		}),
 		"ports that rules take": desired(func(d *rules.Desired, _ *rules.MapConfig) {
 			d.Diverted = []rules.Diversion{
-				{Ports: []rules.PortRange{{First: 5060, Last: 5060}, {First: 5070, Last: 5071}}},
+				{Ports: cone.PortRanges{{First: 5060, Last: 5060}, {First: 5070, Last: 5071}}},
 				{
 					Hosts: addrs("10.47.11.110-10.47.11.110", "2001:db8:1::-2001:db8:1::ffff:ffff:ffff:ffff"),
 					Peers: addrs("203.0.113.0-203.0.113.7", "2001:db8::5-2001:db8::5"),
-					Ports: []rules.PortRange{{First: 53, Last: 53}},
+					Ports: cone.PortRanges{{First: 53, Last: 53}},
 				},
-				{Peers: addrs("::-ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"), Ports: []rules.PortRange{{First: 853, Last: 853}}},
-				{Hosts: addrs("10.47.11.111-10.47.11.112"), Peers: addrs("203.0.113.0-203.0.113.7", "2001:db8::5-2001:db8::5"), Ports: []rules.PortRange{{First: 54, Last: 54}}},
+				{Peers: addrs("::-ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"), Ports: cone.PortRanges{{First: 853, Last: 853}}},
+				{Hosts: addrs("10.47.11.111-10.47.11.112"), Peers: addrs("203.0.113.0-203.0.113.7", "2001:db8::5-2001:db8::5"), Ports: cone.PortRanges{{First: 54, Last: 54}}},
 			}
 		}),
 		"IPv4 alone": desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets = d.Subnets[:1] }),
@@ -160,10 +161,10 @@ func normal(list string) []string {
 }
 
 // addrs returns the ranges "first-last".
-func addrs(all ...string) (ranges []rules.AddrRange) {
+func addrs(all ...string) (ranges cone.AddrRanges) {
 	for _, s := range all {
 		first, last, _ := strings.Cut(s, "-")
-		ranges = append(ranges, rules.AddrRange{First: netip.MustParseAddr(first), Last: netip.MustParseAddr(last)})
+		ranges = append(ranges, cone.AddrRange{First: netip.MustParseAddr(first), Last: netip.MustParseAddr(last)})
 	}
 	return ranges
 }

@@ -9,6 +9,7 @@ import (
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
@@ -77,7 +78,7 @@ var tryLearning = MapConfig{Size: 1, MaxChildren: 1, Learn: true, LearnRate: 1, 
 // tryMapping uses all that mappings need, except the test for IPsec policies, which a
 // kernel without IPsec lacks (CONFIG_XFRM).
 var tryMapping = MappingConfig{
-	Pools: []Pool{{tryPrefixes, []PortRange{{1024, 2047}}}}, Lifetime: time.Second, Size: 1,
+	Pools: []Pool{{tryPrefixes, cone.PortRanges{{First: 1024, Last: 2047}}}}, Lifetime: time.Second, Size: 1,
 	Subnets: tryPrefixes, Hairpin: tryPrefixes, noIPsec: true,
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -146,7 +147,7 @@ func TestMappingsWithoutIPsec(t *testing.T) {
 	}
 	for _, none := range []bool{false, true} {
 		table.noIPsec = none
-		if _, err := table.Set(Desired{OutsideLinks: []string{"wan0"}, Mapping: &MappingConfig{Pools: []Pool{{Ports: []PortRange{{50000, 50999}}}}, Lifetime: time.Minute, Size: 10}}); err != nil {
+		if _, err := table.Set(Desired{OutsideLinks: []string{"wan0"}, Mapping: &MappingConfig{Pools: []Pool{{Ports: cone.PortRanges{{First: 50000, Last: 50999}}}}, Lifetime: time.Minute, Size: 10}}); err != nil {
 			t.Fatal(err)
 		}
 		if got, err := l.Ruleset(); err != nil || strings.Contains(got, "rt ipsec missing") == none || !strings.Contains(got, "chain map_source") {

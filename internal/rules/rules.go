@@ -6,6 +6,8 @@ import (
 	"math/bits"
 	"net/netip"
 	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // DefaultName is the name of our tables.
@@ -42,7 +44,7 @@ type Desired struct {
 	// Published are destinations that rules of the user's lead on, and that are not the
 	// gateway's. The way back to the source may depend on where they lead (ip rule from), so
 	// packets to them are not taken for spoofed.
-	Published []AddrRange
+	Published cone.AddrRanges
 	// Partial are those OutsideLinks that lead only to some peers. Packets that come by
 	// such a link from any other peer are spoofed.
 	Partial []string
@@ -166,11 +168,8 @@ func (m *UplinkMarks) Mark(i int) uint32 { return uint32(i+1) << bits.TrailingZe
 // not share subnets, and port 0 is not allowed.
 type Pool struct {
 	Subnets []netip.Prefix
-	Ports   []PortRange
+	Ports   cone.PortRanges
 }
-
-// A PortRange is a range of ports, both ends included.
-type PortRange struct{ First, Last uint16 }
 
 // A MapConfig says how permissions get into the map that admits IPv4 packets from outside,
 // in addition to those that are granted.

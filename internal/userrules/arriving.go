@@ -1,6 +1,10 @@
 package userrules
 
-import "slices"
+import (
+	"slices"
+
+	"github.com/conenatd/conenatd/internal/cone"
+)
 
 // A rule may be for some of several outside links. A Forward has no links, only destinations, since
 // whoever asks knows the outside endpoint alone. The addresses of the links tell the rest: packets
@@ -34,14 +38,14 @@ func (w *walker) byAddr(c condition) (all []condition) {
 	if w.own == nil {
 		w.own = ownAddrsOf(w.outside)
 	}
-	var here []AddrRange
+	var here cone.AddrRanges
 	for _, l := range c.in {
 		here = append(here, w.own.of[l]...)
 	}
-	addrs := Union(c.ranges(c.addrs))
+	addrs := c.ranges(c.addrs).Merged()
 	unsure, astray, sure := c, c, c
 	unsure.wide, astray.wide, astray.astray = true, true, true
-	sure.addrs = commonAddrs(addrs, Union(here))
+	sure.addrs = commonAddrs(addrs, here.Merged())
 	unsure.addrs, _ = exceptAddrs(addrs, sure.addrs)
 	if c.addrs == nil {
 		astray.addrs = commonAddrs(unsure.addrs, w.own.all)
@@ -61,22 +65,22 @@ const mostOwn = 64
 
 // ownAddrs are the addresses whose packets come by one link alone.
 type ownAddrs struct {
-	all []AddrRange
-	of  map[int][]AddrRange // by the index of the link
+	all cone.AddrRanges
+	of  map[int]cone.AddrRanges // by the index of the link
 }
 
 // ownAddrsOf returns none if they are too many.
 func ownAddrsOf(links []Link) *ownAddrs {
-	own := ownAddrs{of: make(map[int][]AddrRange)}
+	own := ownAddrs{of: make(map[int]cone.AddrRanges)}
 	for _, l := range links {
-		var addrs []AddrRange
+		var addrs cone.AddrRanges
 		for _, a := range l.Addrs {
-			addrs = append(addrs, AddrRange{a, a})
+			addrs = append(addrs, cone.AddrRange{First: a, Last: a})
 		}
-		own.of[l.Index] = Union(addrs)
+		own.of[l.Index] = addrs.Merged()
 		own.all = append(own.all, own.of[l.Index]...)
 	}
-	if own.all = Union(own.all); len(own.all) > mostOwn {
+	if own.all = own.all.Merged(); len(own.all) > mostOwn {
 		return &ownAddrs{}
 	}
 	return &own

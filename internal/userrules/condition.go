@@ -10,26 +10,27 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // A condition is what a UDP packet must meet to reach some place in a ruleset. It is never
 // narrower than the truth. Its slices are not changed once made.
 type condition struct {
-	family  byte        // NFPROTO_INET while both are possible
-	ports   []PortRange // sorted; nil stands for any
-	spared  bool        // they are any but those that earlier rules let pass
-	addrs   []AddrRange // nil stands for any
-	sources []AddrRange // sorted and disjoint; nil stands for any
-	except  []AddrRange // destinations that a test excluded, for source NAT; may be wider than the truth
-	unread  bool        // a test of the destination was not understood
-	in      []int       // indexes of the outside links that packets come by; nil stands for any
-	tested  bool        // the link that packets come by was tested, also if in has all links
-	out     []string    // the outgoing links; nil stands for any
-	unknown bool        // a test of the port was not understood
-	wide    bool        // the condition may be wider than the truth
-	astray  bool        // such packets come by other links
-	asks    bool        // that test was for neither an address, nor a port, nor a link
+	family  byte            // NFPROTO_INET while both are possible
+	ports   cone.PortRanges // sorted; nil stands for any
+	spared  bool            // they are any but those that earlier rules let pass
+	addrs   cone.AddrRanges // nil stands for any
+	sources cone.AddrRanges // sorted and disjoint; nil stands for any
+	except  cone.AddrRanges // destinations that a test excluded, for source NAT; may be wider than the truth
+	unread  bool            // a test of the destination was not understood
+	in      []int           // indexes of the outside links that packets come by; nil stands for any
+	tested  bool            // the link that packets come by was tested, also if in has all links
+	out     []string        // the outgoing links; nil stands for any
+	unknown bool            // a test of the port was not understood
+	wide    bool            // the condition may be wider than the truth
+	astray  bool            // such packets come by other links
+	asks    bool            // that test was for neither an address, nor a port, nor a link
 }
 
 func partly(conds []condition) []condition {
@@ -51,9 +52,9 @@ func (c condition) forward(text string) Forward {
 	if f.Addrs == nil {
 		switch c.family {
 		case unix.NFPROTO_IPV4:
-			f.Addrs = []AddrRange{addrRange(make([]byte, 4), slices.Repeat([]byte{0xff}, 4))}
+			f.Addrs = cone.AddrRanges{addrRange(make([]byte, 4), slices.Repeat([]byte{0xff}, 4))}
 		case unix.NFPROTO_IPV6:
-			f.Addrs = []AddrRange{addrRange(make([]byte, 16), slices.Repeat([]byte{0xff}, 16))}
+			f.Addrs = cone.AddrRanges{addrRange(make([]byte, 16), slices.Repeat([]byte{0xff}, 16))}
 		}
 	}
 	return f
@@ -299,11 +300,11 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 			return passes(func(s span) bool { return s.has(binary.NativeEndian.AppendUint32(nil, uint32(l.Index))) })
 		})
 	case port:
-		var ports []PortRange
+		var ports cone.PortRanges
 		for _, s := range t.any {
-			ports = append(ports, PortRange{uint16(number(s.low, 2, 0)), uint16(number(s.high, 2, 0xff))})
+			ports = append(ports, cone.PortRange{First: uint16(number(s.low, 2, 0)), Last: uint16(number(s.high, 2, 0xff))})
 		}
-		ports = merge(ports)
+		ports = ports.Merged()
 		if t.not {
 			ports = complement(ports)
 		}
@@ -364,7 +365,7 @@ func covered(pattern, name string) bool {
 
 // addrs returns the addresses in the spans. A span may hold only the first bytes of an
 // address.
-func (t *test) addrs(v6 bool) (all []AddrRange) {
+func (t *test) addrs(v6 bool) (all cone.AddrRanges) {
 	size := 4
 	if v6 {
 		size = 16
@@ -390,36 +391,36 @@ func (c condition) ofFamily(v4, v6 bool) (condition, bool) {
 	return c, v4 || v6
 }
 
-func addrRange(low, high []byte) AddrRange {
+func addrRange(low, high []byte) cone.AddrRange {
 	first, _ := netip.AddrFromSlice(low)
 	last, _ := netip.AddrFromSlice(high)
-	return AddrRange{first, last}
+	return cone.AddrRange{First: first, Last: last}
 }
 
 // complement returns the ports that are not in the merged ranges.
-func complement(ranges []PortRange) []PortRange {
-	var out []PortRange
+func complement(ranges cone.PortRanges) cone.PortRanges {
+	var out cone.PortRanges
 	next := 0
 	for _, r := range ranges {
 		if next < int(r.First) {
-			out = append(out, PortRange{uint16(next), r.First - 1})
+			out = append(out, cone.PortRange{First: uint16(next), Last: r.First - 1})
 		}
 		next = int(r.Last) + 1
 	}
 	if next <= 0xffff {
-		out = append(out, PortRange{uint16(next), 0xffff})
+		out = append(out, cone.PortRange{First: uint16(next), Last: 0xffff})
 	}
 	return out
 }
 
 // intersect returns the ports in both merged lists; nil stands for all in a.
-func intersect(a, b []PortRange) []PortRange {
+func intersect(a, b cone.PortRanges) cone.PortRanges {
 	if a == nil {
 		return b
 	}
-	out := []PortRange{}
+	out := cone.PortRanges{}
 	for len(a) > 0 && len(b) > 0 {
-		if r := (PortRange{max(a[0].First, b[0].First), min(a[0].Last, b[0].Last)}); r.First <= r.Last {
+		if r := (cone.PortRange{First: max(a[0].First, b[0].First), Last: min(a[0].Last, b[0].Last)}); r.First <= r.Last {
 			out = append(out, r)
 		}
 		if a[0].Last < b[0].Last {
@@ -431,11 +432,11 @@ func intersect(a, b []PortRange) []PortRange {
 	return out
 }
 
-func intersectAddrs(a, b []AddrRange) []AddrRange {
+func intersectAddrs(a, b cone.AddrRanges) cone.AddrRanges {
 	if a == nil {
 		return b
 	}
-	out := []AddrRange{}
+	out := cone.AddrRanges{}
 	for _, x := range a {
 		for _, y := range b {
 			r := x

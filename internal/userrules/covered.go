@@ -22,15 +22,15 @@ type Covered struct {
 }
 
 type coveredRange struct {
-	AddrRange
+	cone.AddrRange
 	ports []coveredPorts // sorted and disjoint
 }
 
-var everyPort = []PortRange{{0, 0xffff}}
+var everyPort = cone.PortRanges{{First: 0, Last: 0xffff}}
 
 // Cover returns what the forwards cover.
 func Cover(forwards []Forward) *Covered {
-	takers, ports := newTakers(), map[AddrRange][]takenPorts{}
+	takers, ports := newTakers(), map[cone.AddrRange][]takenPorts{}
 	for _, f := range forwards {
 		p := f.Ports
 		if f.All {
@@ -49,7 +49,7 @@ func Cover(forwards []Forward) *Covered {
 	}
 	takers.sort()
 	c := &Covered{}
-	for _, a := range slices.SortedFunc(maps.Keys(ports), func(a, b AddrRange) int {
+	for _, a := range slices.SortedFunc(maps.Keys(ports), func(a, b cone.AddrRange) int {
 		return cmp.Or(a.First.Compare(b.First), a.Last.Compare(b.Last))
 	}) {
 		c.ranges = append(c.ranges, coveredRange{a, takers.divide(ports[a])})
@@ -59,9 +59,9 @@ func Cover(forwards []Forward) *Covered {
 	return c
 }
 
-var everyAddr = []AddrRange{
-	{netip.IPv4Unspecified(), netip.AddrFrom4([4]byte{255, 255, 255, 255})},
-	{netip.IPv6Unspecified(), netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")},
+var everyAddr = cone.AddrRanges{
+	{First: netip.IPv4Unspecified(), Last: netip.AddrFrom4([4]byte{255, 255, 255, 255})},
+	{First: netip.IPv6Unspecified(), Last: netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")},
 }
 
 // build fills in c.last for the ranges from low up to high, and returns their last address.
@@ -83,9 +83,9 @@ func (c *Covered) build(low, high int) (last netip.Addr) {
 // A Part is what some forwards cover: addresses and ports, for packets from Sources, or if that
 // is nil from all.
 type Part struct {
-	Addrs   AddrRange
-	Ports   PortRange
-	Sources []AddrRange
+	Addrs   cone.AddrRange
+	Ports   cone.PortRange
+	Sources cone.AddrRanges
 }
 
 // Parts yields what c covers, without ports that very many forwards divide among sources.
@@ -95,7 +95,7 @@ func (c *Covered) Parts() iter.Seq[Part] {
 			return
 		}
 		for _, r := range c.ranges {
-			var ports []PortRange // for all sources
+			var ports cone.PortRanges // for all sources
 			for _, p := range r.ports {
 				if p.by[0] == manyTakers {
 					continue
@@ -106,7 +106,7 @@ func (c *Covered) Parts() iter.Seq[Part] {
 					return
 				}
 			}
-			for _, p := range merge(ports) {
+			for _, p := range ports.Merged() {
 				if !yield(Part{r.AddrRange, p, nil}) {
 					return
 				}
@@ -166,18 +166,4 @@ func (c *Covered) Equal(d *Covered) bool {
 	return slices.EqualFunc(c.ranges, d.ranges, func(a, b coveredRange) bool {
 		return a.AddrRange == b.AddrRange && slices.EqualFunc(a.ports, b.ports, coveredPorts.equal)
 	})
-}
-
-// merge sorts ranges and joins those that touch.
-func merge(ranges []PortRange) []PortRange {
-	slices.SortFunc(ranges, func(a, b PortRange) int { return int(a.First) - int(b.First) })
-	var out []PortRange
-	for _, r := range ranges {
-		if n := len(out); n > 0 && int(r.First) <= int(out[n-1].Last)+1 {
-			out[n-1].Last = max(out[n-1].Last, r.Last)
-		} else if r.First <= r.Last {
-			out = append(out, r)
-		}
-	}
-	return out
 }

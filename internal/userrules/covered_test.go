@@ -28,7 +28,7 @@ func TestCoveredIsWhatAnyForwardCovers(t *testing.T) {
 			f := userrules.Forward{All: r.IntN(8) == 0}
 			for range r.IntN(4) {
 				if a := port(); !f.All {
-					f.Ports = append(f.Ports, userrules.PortRange{First: a, Last: a + uint16(r.UintN(5))})
+					f.Ports = append(f.Ports, cone.PortRange{First: a, Last: a + uint16(r.UintN(5))})
 				}
 			}
 			for range r.IntN(3) {
@@ -37,12 +37,12 @@ func TestCoveredIsWhatAnyForwardCovers(t *testing.T) {
 					a, b = b, a
 				}
 				if a.BitLen() == b.BitLen() {
-					f.Addrs = append(f.Addrs, userrules.AddrRange{First: a, Last: b})
+					f.Addrs = append(f.Addrs, cone.AddrRange{First: a, Last: b})
 				}
 			}
 			if r.IntN(2) == 0 {
 				a := addr()
-				f.Sources = []userrules.AddrRange{{First: a, Last: a}}
+				f.Sources = cone.AddrRanges{{First: a, Last: a}}
 			}
 			if r.IntN(2) == 0 {
 				f.To = netip.AddrPortFrom(addr(), port()%3)
@@ -76,8 +76,8 @@ func TestCoveredIsWhatAnyForwardCovers(t *testing.T) {
 		if !covered.Equal(userrules.Cover(shuffled)) {
 			t.Fatalf("another order, another value: %+v", all)
 		}
-		one := []userrules.PortRange{{First: 50000, Last: 50000}}
-		far := []userrules.AddrRange{{First: netip.MustParseAddr("192.0.2.1"), Last: netip.MustParseAddr("192.0.2.1")}}
+		one := cone.PortRanges{{First: 50000, Last: 50000}}
+		far := cone.AddrRanges{{First: netip.MustParseAddr("192.0.2.1"), Last: netip.MustParseAddr("192.0.2.1")}}
 		if covered.Equal(userrules.Cover(append(shuffled, userrules.Forward{Ports: one, Addrs: far}))) {
 			t.Fatal("one forward more, and the same value")
 		}
@@ -119,16 +119,16 @@ func TestManyForwardsOfAPortAreToldApart(t *testing.T) {
 	for range 20 {
 		var all []userrules.Forward
 		for range 65 + r.IntN(40) {
-			f := userrules.Forward{Ports: []userrules.PortRange{{First: 5060, Last: 5060 + uint16(r.UintN(2))}}}
+			f := userrules.Forward{Ports: cone.PortRanges{{First: 5060, Last: 5060 + uint16(r.UintN(2))}}}
 			for range 1 + r.IntN(3) {
 				a := addr()
 				b := a
 				for range r.IntN(4) {
 					b = b.Next()
 				}
-				f.Sources = append(f.Sources, userrules.AddrRange{First: a, Last: b})
+				f.Sources = append(f.Sources, cone.AddrRange{First: a, Last: b})
 			}
-			if f.Sources = userrules.Union(f.Sources); r.IntN(4) > 0 {
+			if f.Sources = f.Sources.Merged(); r.IntN(4) > 0 {
 				f.To = netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 47, 11, byte(r.UintN(2))}), 5060)
 			}
 			all = append(all, f)
@@ -177,7 +177,7 @@ func TestForwardsThatAreTooManyBarAll(t *testing.T) {
 	for i := range uint16(4000) { // each is for more ports than the last
 		a := netip.AddrFrom4([4]byte{203, 0, byte(i >> 8), byte(i)})
 		all = append(all, userrules.Forward{
-			Ports: []userrules.PortRange{{First: 5000 - i, Last: 5000 + i}}, Sources: []userrules.AddrRange{{First: a, Last: a}},
+			Ports: cone.PortRanges{{First: 5000 - i, Last: 5000 + i}}, Sources: cone.AddrRanges{{First: a, Last: a}},
 		})
 	}
 	covered := userrules.Cover(all)
@@ -195,7 +195,7 @@ func BenchmarkCovered(b *testing.B) {
 	var all []userrules.Forward
 	for i := range uint32(10_000) {
 		a := netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, 0x0a600000+i)))
-		all = append(all, userrules.Forward{Ports: []userrules.PortRange{{First: uint16(i), Last: uint16(i)}}, Addrs: []userrules.AddrRange{{First: a, Last: a}}})
+		all = append(all, userrules.Forward{Ports: cone.PortRanges{{First: uint16(i), Last: uint16(i)}}, Addrs: cone.AddrRanges{{First: a, Last: a}}})
 	}
 	covered := userrules.Cover(all)
 	e := cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.1:5060"))

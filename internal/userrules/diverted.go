@@ -5,11 +5,10 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/xt"
 	"golang.org/x/sys/unix"
-
-	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // A Diversion is what a rule takes from inside hosts: new UDP flows to some ports, which it
@@ -17,15 +16,15 @@ import (
 type Diversion struct {
 	// Hosts and Peers are sorted and disjoint, and may be long. nil stands for any. Several
 	// Diversions may share a list.
-	Hosts, Peers []AddrRange
-	Ports        []PortRange // of the peers
-	Text         string      // names the rule, as in a Forward
+	Hosts, Peers cone.AddrRanges
+	Ports        cone.PortRanges // of the peers
+	Text         string          // names the rule, as in a Forward
 }
 
 // Takes reports whether the rule takes what a host sends to a peer.
 func (d Diversion) Takes(host netip.Addr, peer netip.AddrPort) bool {
-	has := func(all []AddrRange, a netip.Addr) bool { return all == nil || hasAddr(all, a) }
-	return covers(d.Ports, peer.Port()) && has(d.Hosts, host) && has(d.Peers, peer.Addr())
+	has := func(all cone.AddrRanges, a netip.Addr) bool { return all == nil || hasAddr(all, a) }
+	return d.Ports.Has(peer.Port()) && has(d.Hosts, host) && has(d.Peers, peer.Addr())
 }
 
 // Sides are where the packets of flows come from, and where peers are.
@@ -128,21 +127,17 @@ func (t *table) diversions(sides Sides) (found []Diversion) {
 }
 
 // mostPorts reports whether the ports are more than half of all.
-func mostPorts(ranges []PortRange) bool {
-	n := 0
-	for _, r := range ranges {
-		n += int(r.Last) - int(r.First) + 1
-	}
-	return n > 1<<15
+func mostPorts(ranges cone.PortRanges) bool {
+	return ranges.Len() > 1<<15
 }
 
 // isInside reports whether all sources are inside hosts.
-func (s Sides) isInside(sources []AddrRange) bool {
-	var inside []AddrRange
+func (s Sides) isInside(sources cone.AddrRanges) bool {
+	var inside cone.AddrRanges
 	for _, p := range s.Subnets {
-		inside = append(inside, AddrRange{p.Masked().Addr(), nfnl.LastAddr(p)})
+		inside = append(inside, cone.RangeOf(p))
 	}
-	others, some := exceptAddrs(sources, Union(inside))
+	others, some := exceptAddrs(sources, inside.Merged())
 	return some && len(others) == 0
 }
 

@@ -3,6 +3,8 @@ package userrules
 import (
 	"errors"
 	"net/netip"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // FailToRead makes the reading of all chains of a table fail from now on, or succeed again.
@@ -16,9 +18,9 @@ func FailToRead(r *Reader, table string, fails bool) {
 }
 
 // Prefixes returns the prefixes that make up the ranges.
-func Prefixes(ranges []AddrRange) (all []netip.Prefix) {
+func Prefixes(ranges cone.AddrRanges) (all []netip.Prefix) {
 	for _, r := range ranges {
-		all = append(all, r.prefixes()...)
+		all = append(all, r.Prefixes()...)
 	}
 	return all
 }

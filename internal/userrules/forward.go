@@ -14,7 +14,7 @@ import (
 // are not evaluated.
 type Forward struct {
 	// Ports are the outside ports; nil when All is set.
-	Ports []PortRange
+	Ports cone.PortRanges
 	// All says that the rule has no condition on the port. With such a
 	// catch-all forward (DMZ host) every port is forwarded.
 	All bool
@@ -22,11 +22,11 @@ type Forward struct {
 	// rules, which let packets to some ports pass, keeps it from being All.
 	Most bool
 	// Addrs are the destination addresses; nil stands for any.
-	Addrs []AddrRange
+	Addrs cone.AddrRanges
 	// Sources are the sources of the packets, sorted and disjoint, if known; nil stands for any, or
 	// if Partial is set for unknown ones. A named set of sources is read only if it is an interval
 	// set and not very long.
-	Sources []AddrRange
+	Sources cone.AddrRanges
 	// To is the endpoint to which the rule sends the packets, if there is only one; the
 	// zero value means that it is not known. Port 0 stands for the packet's own port.
 	To netip.AddrPort
@@ -60,12 +60,6 @@ type Forward struct {
 // Certain reports whether the rule takes all packets that match.
 func (f Forward) Certain() bool { return !f.Partial && !f.Unknown && !f.Proxied }
 
-// A PortRange is a range of ports, both ends included.
-type PortRange struct{ First, Last uint16 }
-
-// An AddrRange is a range of addresses of one family, both ends included.
-type AddrRange struct{ First, Last netip.Addr }
-
 // A Link is a network interface.
 type Link struct {
 	Index int
@@ -90,13 +84,5 @@ type LAN struct {
 
 // Covers reports whether the rule may forward a packet to ext.
 func (f Forward) Covers(ext cone.Endpoint) bool {
-	return (f.All || covers(f.Ports, ext.Port)) && (f.Addrs == nil || coversAddr(f.Addrs, ext.Addr.Netip()))
-}
-
-func covers(ranges []PortRange, port uint16) bool {
-	return slices.ContainsFunc(ranges, func(r PortRange) bool { return r.First <= port && port <= r.Last })
-}
-
-func coversAddr(ranges []AddrRange, a netip.Addr) bool {
-	return slices.ContainsFunc(ranges, func(r AddrRange) bool { return r.Has(a) })
+	return (f.All || f.Ports.Has(ext.Port)) && (f.Addrs == nil || f.Addrs.Has(ext.Addr.Netip()))
 }

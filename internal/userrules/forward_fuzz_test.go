@@ -238,6 +238,6 @@ func takes(f Forward, packet *child) bool {
 	from, _ := netip.AddrFromSlice(values(packet.network[12:16]))
 	to := destination(packet)
 	port := uint16(packet.transport[2].val)<<8 | uint16(packet.transport[3].val)
-	return (f.Unknown || f.All || covers(f.Ports, port)) &&
-		(f.Addrs == nil || coversAddr(f.Addrs, to)) && (f.Sources == nil || coversAddr(f.Sources, from))
+	return (f.Unknown || f.All || f.Ports.Has(port)) &&
+		(f.Addrs == nil || f.Addrs.Has(to)) && (f.Sources == nil || f.Sources.Has(from))
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
@@ -109,7 +110,7 @@ type walker struct {
 	own *ownAddrs // nil until it is needed
 	// The keys of sets that rules look up, and for diversions the addresses among them.
 	spans map[*set][]span
-	lists map[*set][]AddrRange
+	lists map[*set]cone.AddrRanges
 }
 
 const (
@@ -403,7 +404,7 @@ func (f Forward) by(maps []netmap) (all []Forward) {
 	for _, m := range maps {
 		one := f
 		if one.ToPrefix = m.to; m.from.First.IsValid() {
-			one.Addrs = intersectAddrs(f.Addrs, []AddrRange{m.from})
+			one.Addrs = intersectAddrs(f.Addrs, cone.AddrRanges{m.from})
 		}
 		if len(one.Addrs) > 0 || one.Addrs == nil {
 			all = append(all, one)
@@ -427,7 +428,7 @@ func (r *rule) title(t *table) string {
 // add adds f unless it was found already: two jumps may lead to one chain. Rules that look up one
 // set share the list of its addresses.
 func (w *walker) add(f Forward) {
-	brief, list := f, listAt[AddrRange]{}
+	brief, list := f, listAt[cone.AddrRange]{}
 	if len(f.Sources) > 16 {
 		brief.Sources, list = nil, placeOf(f.Sources)
 	}

@@ -67,7 +67,7 @@ func TestElementsOfOneMapMayOverlap(t *testing.T) {
 	all := table.forwards(nil)
 	for host, want := range map[byte]bool{4: true, 5: false, 6: false, 7: true, 11: false} {
 		addr := netip.AddrFrom4([4]byte{198, 51, 100, host})
-		got := slices.ContainsFunc(all, func(f Forward) bool { return coversAddr(f.Addrs, addr) })
+		got := slices.ContainsFunc(all, func(f Forward) bool { return f.Addrs.Has(addr) })
 		if got != want || len(all) != 1 || all[0].Partial {
 			t.Errorf("%v is forwarded: %v, want %v: %+v", addr, got, want, all)
 		}
@@ -122,7 +122,7 @@ func TestIntervalOfKeysOfSeveralFields(t *testing.T) {
 				table.add("c", destinationNAT)
 			}
 			all := table.forwards(nil)
-			got := slices.ContainsFunc(all, func(f Forward) bool { return f.Addrs == nil || coversAddr(f.Addrs, inside) })
+			got := slices.ContainsFunc(all, func(f Forward) bool { return f.Addrs == nil || f.Addrs.Has(inside) })
 			if got != tt.covers {
 				t.Errorf("%v is covered: %v, by %+v", inside, got, all)
 			}

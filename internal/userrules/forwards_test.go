@@ -308,8 +308,8 @@ func TestOurOwnTableForwardsNothing(t *testing.T) {
 
 func TestForwardCovers(t *testing.T) {
 	addr := netip.MustParseAddr
-	here := []userrules.AddrRange{{First: addr("198.51.100.0"), Last: addr("198.51.100.7")}}
-	ports := []userrules.PortRange{{First: 53, Last: 53}, {First: 5060, Last: 5070}}
+	here := cone.AddrRanges{{First: addr("198.51.100.0"), Last: addr("198.51.100.7")}}
+	ports := cone.PortRanges{{First: 53, Last: 53}, {First: 5060, Last: 5070}}
 	tests := []struct {
 		f    userrules.Forward
 		ext  string

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"golang.org/x/sys/unix"
 )
 
@@ -18,9 +19,9 @@ type Leaving struct {
 // Sources are what rules may make of the source of a packet, all taken together where the
 // result depends on something that is not known of it.
 type Sources struct {
-	Addrs      []AddrRange // fixed addresses
-	Masquerade bool        // or an address of the link by which it leaves
-	Kept       bool        // or the source that it has
+	Addrs      cone.AddrRanges // fixed addresses
+	Masquerade bool            // or an address of the link by which it leaves
+	Kept       bool            // or the source that it has
 }
 
 // SourcesOf returns what the rules may make of the source of a packet. known is false if there

@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // mostDiversions bounds the rules for diversions. Each first packet of a child meets them all.
@@ -19,20 +21,20 @@ const mostDiverted = 1 << 16
 // peers and ports with all their hosts. Of more, it joins those of the fewest ports.
 func MergedDiversions(all []Diversion) []Diversion {
 	var lists listNumbers
-	sided := func(list []AddrRange) int { return min(len(list), 1) } // not for all
+	sided := func(list cone.AddrRanges) int { return min(len(list), 1) } // not for all
 	all = joined(all, func(d Diversion) [3]int { return [3]int{lists.of(d.Hosts), lists.of(d.Peers)} }, joinPorts)
 	all = joined(all, func(d Diversion) [3]int {
 		return [3]int{lists.of(d.Hosts), sided(d.Peers), lists.ofPorts(d.Ports)}
 	}, func(to *Diversion, group []Diversion) {
-		to.Peers = union(group, func(d Diversion) []AddrRange { return d.Peers })
+		to.Peers = union(group, func(d Diversion) cone.AddrRanges { return d.Peers })
 	})
 	all = joined(all, func(d Diversion) [3]int {
 		return [3]int{sided(d.Hosts), lists.of(d.Peers), lists.ofPorts(d.Ports)}
 	}, func(to *Diversion, group []Diversion) {
-		to.Hosts = union(group, func(d Diversion) []AddrRange { return d.Hosts })
+		to.Hosts = union(group, func(d Diversion) cone.AddrRanges { return d.Hosts })
 	})
 	if len(all) > mostDiversions {
-		slices.SortStableFunc(all, func(a, b Diversion) int { return cmp.Compare(numberOf(b.Ports), numberOf(a.Ports)) })
+		slices.SortStableFunc(all, func(a, b Diversion) int { return cmp.Compare(b.Ports.Len(), a.Ports.Len()) })
 		var rest Diversion
 		joinPorts(&rest, all[mostDiversions-1:])
 		all = append(all[:mostDiversions-1], rest)
@@ -64,36 +66,36 @@ func joinPorts(to *Diversion, group []Diversion) {
 	for _, d := range group {
 		to.Ports = append(to.Ports, d.Ports...)
 	}
-	slices.SortFunc(to.Ports, func(a, b PortRange) int {
+	slices.SortFunc(to.Ports, func(a, b cone.PortRange) int {
 		return cmp.Or(cmp.Compare(a.First, b.First), cmp.Compare(a.Last, b.Last))
 	})
 	to.Ports = slices.Compact(to.Ports)
 }
 
 // union returns the addresses of lists. One that is alone stays the same list.
-func union(group []Diversion, of func(Diversion) []AddrRange) []AddrRange {
+func union(group []Diversion, of func(Diversion) cone.AddrRanges) cone.AddrRanges {
 	if len(group) == 1 {
 		return of(group[0])
 	}
-	var all []AddrRange
+	var all cone.AddrRanges
 	for _, d := range group {
 		all = append(all, of(d)...)
 	}
-	return Union(all)
+	return all.Merged()
 }
 
 // shorten replaces the longest lists of hosts and peers by all addresses until the different lists
 // have at most mostDiverted ranges.
 func shorten(all []Diversion, lists *listNumbers) {
 	length, total := make(map[int]int), 0
-	each := func(f func(list *[]AddrRange, number int)) {
+	each := func(f func(list *cone.AddrRanges, number int)) {
 		for i := range all {
-			for _, list := range []*[]AddrRange{&all[i].Hosts, &all[i].Peers} {
+			for _, list := range []*cone.AddrRanges{&all[i].Hosts, &all[i].Peers} {
 				f(list, lists.of(*list))
 			}
 		}
 	}
-	each(func(list *[]AddrRange, n int) { length[n] = len(*list) })
+	each(func(list *cone.AddrRanges, n int) { length[n] = len(*list) })
 	for _, n := range length {
 		total += n
 	}
@@ -107,7 +109,7 @@ func shorten(all []Diversion, lists *listNumbers) {
 		total -= length[longest]
 		delete(length, longest)
 	}
-	each(func(list *[]AddrRange, n int) {
+	each(func(list *cone.AddrRanges, n int) {
 		if _, stays := length[n]; !stays {
 			*list = nil
 		}
@@ -122,7 +124,7 @@ type listNumbers struct {
 }
 
 // of returns the number of a list of addresses: 0 if it is nil, which stands for all.
-func (l *listNumbers) of(list []AddrRange) int {
+func (l *listNumbers) of(list cone.AddrRanges) int {
 	return l.number(list == nil, placeOf(list), func() (b []byte) {
 		for _, r := range list {
 			b = append(append(b, r.First.AsSlice()...), r.Last.AsSlice()...)
@@ -132,7 +134,7 @@ func (l *listNumbers) of(list []AddrRange) int {
 }
 
 // ofPorts returns the number of a list of ports.
-func (l *listNumbers) ofPorts(list []PortRange) int {
+func (l *listNumbers) ofPorts(list cone.PortRanges) int {
 	return l.number(list == nil, placeOf(list), func() []byte { return fmt.Append(nil, list) })
 }
 
@@ -153,12 +155,5 @@ func (l *listNumbers) number(all bool, place any, content func() []byte) int {
 		l.contents[has] = n
 	}
 	l.places[place] = n
-	return n
-}
-
-func numberOf(ports []PortRange) (n int) {
-	for _, r := range ports {
-		n += int(r.Last) - int(r.First) + 1
-	}
 	return n
 }

@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // Many rules become few: by their ports, by their peers, and by their hosts. What takes from all peers, or from
@@ -14,9 +16,9 @@ import (
 // than mostDiversions kinds lose one.
 func TestDiversionsAreMerged(t *testing.T) {
 	one, two, host := addr("203.0.113.5"), addr("203.0.113.7"), addr("10.47.11.109")
-	ports := func(all ...uint16) (ranges []PortRange) {
+	ports := func(all ...uint16) (ranges cone.PortRanges) {
 		for _, p := range all {
-			ranges = append(ranges, PortRange{First: p, Last: p})
+			ranges = append(ranges, cone.PortRange{First: p, Last: p})
 		}
 		return ranges
 	}
@@ -52,7 +54,7 @@ func TestDiversionsAreMerged(t *testing.T) {
 	for i := range many {
 		many[i].Hosts, many[i].Peers, many[i].Ports = nil, many[i].Hosts, ports(uint16(i))
 	}
-	many = append(many, Diversion{Hosts: host, Peers: one, Ports: []PortRange{{First: 0, Last: 65535}}})
+	many = append(many, Diversion{Hosts: host, Peers: one, Ports: cone.PortRanges{{First: 0, Last: 65535}}})
 	kinds := MergedDiversions(slices.Clone(many))
 	if len(kinds) != mostDiversions {
 		t.Errorf("%d kinds are left, want %d", len(kinds), mostDiversions)
@@ -73,7 +75,7 @@ func TestDiversionsAreMerged(t *testing.T) {
 //
 // Fails when a list is copied for each rule, and when the ranges have no bound.
 func TestDiversionsShareLongLists(t *testing.T) {
-	list := func(n int) (all []AddrRange) {
+	list := func(n int) (all cone.AddrRanges) {
 		for i := range n {
 			all = append(all, addr(fmt.Sprintf("11.%d.%d.1", i>>8, i&0xff))...)
 		}
@@ -82,15 +84,15 @@ func TestDiversionsShareLongLists(t *testing.T) {
 	long, longest, short := list(mostDiverted/2), list(mostDiverted/2+1), list(3)
 	var many []Diversion
 	for i := range 200 {
-		many = append(many, Diversion{Hosts: addr(fmt.Sprintf("10.47.%d.9", i)), Peers: long, Ports: []PortRange{{First: uint16(i), Last: uint16(i)}}})
+		many = append(many, Diversion{Hosts: addr(fmt.Sprintf("10.47.%d.9", i)), Peers: long, Ports: cone.PortRanges{{First: uint16(i), Last: uint16(i)}}})
 	}
 	for _, d := range MergedDiversions(slices.Clone(many)) {
 		if len(d.Peers) != len(long) || &d.Peers[0] != &long[0] {
 			t.Fatalf("%v of %v has another list, with %d peers", d.Ports, d.Hosts, len(d.Peers))
 		}
 	}
-	for i, peers := range [][]AddrRange{longest, short} {
-		many = append(many, Diversion{Peers: peers, Ports: []PortRange{{First: uint16(1000 + i), Last: uint16(1000 + i)}}})
+	for i, peers := range []cone.AddrRanges{longest, short} {
+		many = append(many, Diversion{Peers: peers, Ports: cone.PortRanges{{First: uint16(1000 + i), Last: uint16(1000 + i)}}})
 	}
 	for _, d := range MergedDiversions(many) {
 		want := len(long)
@@ -106,7 +108,7 @@ func TestDiversionsShareLongLists(t *testing.T) {
 	}
 }
 
-func addr(s string) []AddrRange {
+func addr(s string) cone.AddrRanges {
 	a := netip.MustParseAddr(s)
-	return []AddrRange{{First: a, Last: a}}
+	return cone.AddrRanges{{First: a, Last: a}}
 }

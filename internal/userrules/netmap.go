@@ -3,14 +3,15 @@ package userrules
 import (
 	"net/netip"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/xt"
 )
 
 // A netmap translates the outside addresses in from to those of a prefix with the same low bits.
 type netmap struct {
-	from AddrRange    // the zero value stands for all that the rule matches
-	to   netip.Prefix // invalid if it is not known
+	from cone.AddrRange // the zero value stands for all that the rule matches
+	to   netip.Prefix   // invalid if it is not known
 }
 
 // netmaps returns what a rule does to destinations by "dnat prefix to" or NETMAP.
@@ -72,7 +73,7 @@ func prefixOf(first, last []byte) (none netip.Prefix) {
 	if !ok || !is || a.Unmap().BitLen() != b.Unmap().BitLen() {
 		return none
 	}
-	if all := (AddrRange{a.Unmap(), b.Unmap()}).prefixes(); len(all) == 1 {
+	if all := (cone.AddrRange{First: a.Unmap(), Last: b.Unmap()}).Prefixes(); len(all) == 1 {
 		return all[0]
 	}
 	return none

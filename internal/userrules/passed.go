@@ -4,6 +4,7 @@ import (
 	"slices"
 	"sort"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
@@ -80,7 +81,7 @@ func (p *letPass) join(family byte) {
 	p.fresh = nil
 	for i := range grown {
 		c := &p.conds[i]
-		c.sources, c.addrs = Union(c.sources), Union(c.addrs)
+		c.sources, c.addrs = c.sources.Merged(), c.addrs.Merged()
 	}
 }
 
@@ -114,7 +115,7 @@ func joint[T any](a, b []T) []T {
 }
 
 // jointPorts returns the ports of two merged lists as one, in place of a.
-func jointPorts(a, b []PortRange) []PortRange {
+func jointPorts(a, b cone.PortRanges) cone.PortRanges {
 	if a == nil || b == nil {
 		return nil
 	}
@@ -122,7 +123,7 @@ func jointPorts(a, b []PortRange) []PortRange {
 		i := sort.Search(len(a), func(i int) bool { return int(a[i].Last)+1 >= int(r.First) })
 		end := i
 		for ; end < len(a) && int(a[end].First) <= int(r.Last)+1; end++ {
-			r = PortRange{min(r.First, a[end].First), max(r.Last, a[end].Last)}
+			r = cone.PortRange{First: min(r.First, a[end].First), Last: max(r.Last, a[end].Last)}
 		}
 		a = slices.Replace(a, i, end, r)
 	}
@@ -196,7 +197,7 @@ func (w *walker) split(a, b []int) (others, both []int) {
 }
 
 // between returns the part of a merged list from the first port of another one to the last.
-func between(list, ports []PortRange) []PortRange {
+func between(list, ports cone.PortRanges) cone.PortRanges {
 	if len(ports) == 0 {
 		return nil
 	}
@@ -205,7 +206,7 @@ func between(list, ports []PortRange) []PortRange {
 }
 
 // haveCommon reports whether a port is in both lists, which are merged.
-func haveCommon(a, b []PortRange) bool {
+func haveCommon(a, b cone.PortRanges) bool {
 	for len(a) > 0 && len(b) > 0 {
 		if max(a[0].First, b[0].First) <= min(a[0].Last, b[0].Last) {
 			return true
@@ -219,7 +220,7 @@ func haveCommon(a, b []PortRange) bool {
 	return false
 }
 
-func orEvery(ports []PortRange) []PortRange {
+func orEvery(ports cone.PortRanges) cone.PortRanges {
 	if ports == nil {
 		return everyPort
 	}
@@ -227,7 +228,7 @@ func orEvery(ports []PortRange) []PortRange {
 }
 
 // ranges returns a list of addresses that c has. nil stands for all that it may have.
-func (c condition) ranges(all []AddrRange) []AddrRange {
+func (c condition) ranges(all cone.AddrRanges) cone.AddrRanges {
 	switch {
 	case all != nil:
 		return all
@@ -254,7 +255,7 @@ func (w *walker) at(c condition, f field, t test) (condition, bool) {
 	case !t.not:
 		*in = commonAddrs(*in, all)
 	case exact && c.family != unix.NFPROTO_INET:
-		var left []AddrRange
+		var left cone.AddrRanges
 		if left, _, exact = w.except(c.ranges(*in), all); exact {
 			*in = left
 		}
@@ -266,16 +267,16 @@ func (w *walker) at(c condition, f field, t test) (condition, bool) {
 }
 
 // list returns the addresses in the spans of a test. Those of a set are put in order once.
-func (w *walker) list(t test, v6 bool) []AddrRange {
+func (w *walker) list(t test, v6 bool) cone.AddrRanges {
 	if t.whole == nil {
-		return Union(t.addrs(v6))
+		return t.addrs(v6).Merged()
 	}
 	all, known := w.lists[t.whole]
 	if !known {
 		if w.lists == nil {
-			w.lists = make(map[*set][]AddrRange)
+			w.lists = make(map[*set]cone.AddrRanges)
 		}
-		all = Union(t.addrs(v6))
+		all = t.addrs(v6).Merged()
 		w.lists[t.whole] = all
 	}
 	return all

@@ -3,26 +3,28 @@ package userrules
 import (
 	"net/netip"
 	"testing"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // Fails when subtracting many addresses from few costs more than those that are near.
 func TestDifferenceOfFewCostsLittle(t *testing.T) {
-	one := func(n int) AddrRange {
+	one := func(n int) cone.AddrRange {
 		a := netip.AddrFrom4([4]byte{10, byte(n >> 15), byte(n >> 7), byte(n << 1)})
-		return AddrRange{a, a}
+		return cone.AddrRange{First: a, Last: a}
 	}
-	var many []AddrRange
+	var many cone.AddrRanges
 	for n := range 10_000 {
 		many = append(many, one(n))
 	}
 	var s subtraction
 	for n := range many {
-		left, some, ok := s.except([]AddrRange{one(n)}, many)
+		left, some, ok := s.except(cone.AddrRanges{one(n)}, many)
 		if len(left) != 0 || !some || !ok {
 			t.Fatalf("%v without itself is %v", one(n), left)
 		}
-		between := AddrRange{one(n).First.Next(), one(n).First.Next()}
-		if left, some, ok = s.except([]AddrRange{between}, many); len(left) != 1 || some || !ok {
+		between := cone.AddrRange{First: one(n).First.Next(), Last: one(n).First.Next()}
+		if left, some, ok = s.except(cone.AddrRanges{between}, many); len(left) != 1 || some || !ok {
 			t.Fatalf("%v without others is %v", between, left)
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"golang.org/x/sys/unix"
 )
 
@@ -19,12 +20,12 @@ func TestConditionsWithoutOthers(t *testing.T) {
 	ports := []uint16{0, 1, 2, 53, 65534, 65535}
 	v4 := []netip.Addr{netip.MustParseAddr("0.0.0.0"), netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("255.255.255.255")}
 	v6 := []netip.Addr{netip.MustParseAddr("::"), netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")}
-	pick := func(from []netip.Addr) (all []AddrRange) {
+	pick := func(from []netip.Addr) (all cone.AddrRanges) {
 		for range random.IntN(3) {
 			a := random.IntN(len(from))
-			all = append(all, AddrRange{from[a], from[a+random.IntN(len(from)-a)]})
+			all = append(all, cone.AddrRange{First: from[a], Last: from[a+random.IntN(len(from)-a)]})
 		}
-		return Union(all)
+		return all.Merged()
 	}
 	some := func() (c condition) {
 		c.family = []byte{unix.NFPROTO_INET, unix.NFPROTO_IPV4, unix.NFPROTO_IPV6}[random.IntN(3)]
@@ -36,16 +37,16 @@ func TestConditionsWithoutOthers(t *testing.T) {
 		}
 		for range random.IntN(3) {
 			a := random.IntN(len(ports))
-			c.ports = append(c.ports, PortRange{ports[a], ports[a+random.IntN(len(ports)-a)]})
+			c.ports = append(c.ports, cone.PortRange{First: ports[a], Last: ports[a+random.IntN(len(ports)-a)]})
 		}
-		c.ports = merge(c.ports)
+		c.ports = c.ports.Merged()
 		c.in = [][]int{nil, nil, {1}, {2}}[random.IntN(4)]
 		return c
 	}
 	links := []Link{{Index: 1}, {Index: 2}}
 	has := func(c condition, in int, from, to netip.Addr, port uint16) bool {
 		return (c.in == nil || slices.Contains(c.in, in)) && (c.family == unix.NFPROTO_INET || c.family == familyOf(netip.PrefixFrom(from, 0))) &&
-			(c.sources == nil || coversAddr(c.sources, from)) && (c.addrs == nil || coversAddr(c.addrs, to)) && (c.ports == nil || covers(c.ports, port))
+			(c.sources == nil || c.sources.Has(from)) && (c.addrs == nil || c.addrs.Has(to)) && (c.ports == nil || c.ports.Has(port))
 	}
 	subtracted := 0
 	for range 20000 {

@@ -5,6 +5,8 @@ import (
 	"iter"
 	"net/netip"
 	"slices"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // chooses adds the ports of a statement, which names the first and the last of a range by
@@ -18,7 +20,7 @@ func (n *SourceNAT) chooses(first, last uint32, loaded map[uint32][]byte) {
 	}
 	n.ChoosesPort = true
 	if a, b := loaded[first], loaded[last]; len(a) == 2 && len(b) == 2 {
-		n.Ports = append(n.Ports, PortRange{binary.BigEndian.Uint16(a), binary.BigEndian.Uint16(b)})
+		n.Ports = append(n.Ports, cone.PortRange{First: binary.BigEndian.Uint16(a), Last: binary.BigEndian.Uint16(b)})
 	}
 }
 
@@ -70,7 +72,7 @@ func MayGiveAddr(rules []SourceNAT, link string, hosts []netip.Prefix, addr, own
 // masquerade it gives the address also while no link has it.
 func MayName(rules []SourceNAT, hosts []netip.Prefix, addr netip.Addr) bool {
 	return slices.ContainsFunc(rules, func(n SourceNAT) bool {
-		return !n.few && (n.Unknown || coversAddr(n.Addrs, addr)) && len(n.Within(hosts)) > 0
+		return !n.few && (n.Unknown || n.Addrs.Has(addr)) && len(n.Within(hosts)) > 0
 	})
 }
 
@@ -88,7 +90,7 @@ func (n *SourceNAT) mayGive(addr, own netip.Addr) bool {
 	case n.Unknown:
 		return true
 	case len(n.Addrs) > 0:
-		return coversAddr(n.Addrs, addr)
+		return n.Addrs.Has(addr)
 	}
 	return !n.Masquerade || !own.IsValid() || own == addr
 }
@@ -103,7 +105,7 @@ func MayGive(rules []SourceNAT, link string, host netip.Addr, port uint16) (may,
 	for n := range met(rules, link, []netip.Prefix{netip.PrefixFrom(host, host.BitLen())}) {
 		asked = true
 		switch {
-		case !n.ChoosesPort, slices.ContainsFunc(n.Ports, func(r PortRange) bool { return r.First <= port && port <= r.Last }):
+		case !n.ChoosesPort, n.Ports.Has(port):
 			return true, !slices.Contains(perhaps, n.Chain)
 		case len(n.Ports) == 0:
 			unknown = true

@@ -4,15 +4,15 @@ import (
 	"net/netip"
 	"testing"
 
-	"github.com/conenatd/conenatd/internal/nfnl"
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // Fails when a port that some rule may give is denied, because then its flows end. The rule
 // may be for others of the host's packets, in another chain, or with unknown ports.
 func TestPortsThatRulesMayGive(t *testing.T) {
 	host, other := netip.MustParseAddr("10.47.11.109"), netip.MustParseAddr("10.47.11.110")
-	only := func(a netip.Addr) []AddrRange { return []AddrRange{{a, a}} }
-	low, high := []PortRange{{1024, 2023}}, []PortRange{{2024, 3023}}
+	only := func(a netip.Addr) cone.AddrRanges { return cone.AddrRanges{{First: a, Last: a}} }
+	low, high := cone.PortRanges{{First: 1024, Last: 2023}}, cone.PortRanges{{First: 2024, Last: 3023}}
 	plain := SourceNAT{Chain: "c"}
 	block := SourceNAT{Chain: "c", ChoosesPort: true, Ports: low}
 	change := func(n SourceNAT, f func(*SourceNAT)) SourceNAT { f(&n); return n }
@@ -55,10 +55,10 @@ func TestPortsThatRulesMayGive(t *testing.T) {
 // rule of the link, or because the link may have another name in the rules for that host.
 func TestAddrsThatRulesMayGiveSomebody(t *testing.T) {
 	net := netip.MustParsePrefix
-	inside := func(p string) []AddrRange { return []AddrRange{{net(p).Addr(), nfnl.LastAddr(net(p))}} }
-	to := func(last byte, sources []AddrRange, links ...string) SourceNAT {
+	inside := func(p string) cone.AddrRanges { return cone.AddrRanges{cone.RangeOf(net(p))} }
+	to := func(last byte, sources cone.AddrRanges, links ...string) SourceNAT {
 		a := netip.AddrFrom4([4]byte{198, 51, 100, last})
-		return SourceNAT{Chain: "c", Addrs: []AddrRange{{a, a}}, Sources: sources, Links: links}
+		return SourceNAT{Chain: "c", Addrs: cone.AddrRanges{{First: a, Last: a}}, Sources: sources, Links: links}
 	}
 	half := inside("10.47.11.0/25")
 	for name, tt := range map[string]struct {

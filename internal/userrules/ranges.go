@@ -2,52 +2,23 @@ package userrules
 
 import (
 	"net/netip"
-	"slices"
 	"sort"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
-// Union returns the addresses of all ranges, sorted and disjoint, those of IPv4 first. It does
-// not change its argument. The union of nil is nil.
-func Union(ranges []AddrRange) []AddrRange {
-	if len(ranges) < 2 {
-		return slices.Clip(ranges)
-	}
-	ranges = slices.SortedFunc(slices.Values(ranges), func(a, b AddrRange) int { return a.First.Compare(b.First) })
-	out := ranges[:1]
-	for _, r := range ranges[1:] {
-		last := &out[len(out)-1].Last
-		switch {
-		case last.BitLen() != r.First.BitLen(), last.Less(r.First) && last.Next() != r.First:
-			out = append(out, r)
-		case last.Less(r.Last):
-			*last = r.Last
-		}
-	}
-	return slices.Clip(out)
-}
-
-// Few reports whether there are at most that many addresses.
-func (r AddrRange) Few(most int) bool {
-	for a := r.First; most > 0 && a.IsValid(); a, most = a.Next(), most-1 {
-		if a == r.Last {
-			return true
-		}
-	}
-	return false
-}
-
-// hasAddr is coversAddr for ranges that are sorted and disjoint.
-func hasAddr(ranges []AddrRange, a netip.Addr) bool {
+// hasAddr is ranges.Has for ranges that are sorted and disjoint.
+func hasAddr(ranges cone.AddrRanges, a netip.Addr) bool {
 	i := sort.Search(len(ranges), func(i int) bool { return !ranges[i].Last.Less(a) })
 	return i < len(ranges) && !a.Less(ranges[i].First)
 }
 
 // commonAddrs returns the addresses of both, which are sorted and disjoint. The result is, too,
 // and it is never nil.
-func commonAddrs(a, b []AddrRange) []AddrRange {
-	out := []AddrRange{}
+func commonAddrs(a, b cone.AddrRanges) cone.AddrRanges {
+	out := cone.AddrRanges{}
 	for len(a) > 0 && len(b) > 0 {
-		r := AddrRange{a[0].First, a[0].Last}
+		r := cone.AddrRange{First: a[0].First, Last: a[0].Last}
 		if r.First.Less(b[0].First) {
 			r.First = b[0].First
 		}
@@ -68,8 +39,8 @@ func commonAddrs(a, b []AddrRange) []AddrRange {
 
 // exceptAddrs returns the addresses of a that are not in b, and whether a has others. Both are
 // sorted and disjoint. The result is, too, and it is never nil.
-func exceptAddrs(a, b []AddrRange) (left []AddrRange, some bool) {
-	left = []AddrRange{}
+func exceptAddrs(a, b cone.AddrRanges) (left cone.AddrRanges, some bool) {
+	left = cone.AddrRanges{}
 	for _, r := range a {
 		for len(b) > 0 && b[0].Last.Less(r.First) {
 			b = b[1:]
@@ -81,7 +52,7 @@ func exceptAddrs(a, b []AddrRange) (left []AddrRange, some bool) {
 			}
 			some = true
 			if r.First.Less(not.First) {
-				left = append(left, AddrRange{r.First, not.First.Prev()})
+				left = append(left, cone.AddrRange{First: r.First, Last: not.First.Prev()})
 			}
 			if rest = not.Last.Less(r.Last); !rest {
 				break
@@ -99,7 +70,7 @@ func exceptAddrs(a, b []AddrRange) (left []AddrRange, some bool) {
 // the packets to thousands of prefixes share one list. The lists are not changed once made. The
 // zero value is ready for use.
 type subtraction struct {
-	known map[[2]listAt[AddrRange]]difference
+	known map[[2]listAt[cone.AddrRange]]difference
 	steps int
 }
 
@@ -117,7 +88,7 @@ func placeOf[E any](list []E) (at listAt[E]) {
 }
 
 type difference struct {
-	left []AddrRange
+	left cone.AddrRanges
 	some bool
 }
 
@@ -125,7 +96,7 @@ type difference struct {
 const mostSteps = 1 << 18
 
 // except is exceptAddrs. If that would cost too much, ok is false.
-func (s *subtraction) except(a, b []AddrRange) (left []AddrRange, some, ok bool) {
+func (s *subtraction) except(a, b cone.AddrRanges) (left cone.AddrRanges, some, ok bool) {
 	if len(a) > 0 { // what a cannot have costs nothing
 		b = b[sort.Search(len(b), func(i int) bool { return !b[i].Last.Less(a[0].First) }):]
 		b = b[:sort.Search(len(b), func(i int) bool { return a[len(a)-1].Last.Less(b[i].First) })]
@@ -133,7 +104,7 @@ func (s *subtraction) except(a, b []AddrRange) (left []AddrRange, some, ok bool)
 	if len(a) == 0 || len(b) == 0 {
 		return a, false, true
 	}
-	key := [2]listAt[AddrRange]{placeOf(a), placeOf(b)}
+	key := [2]listAt[cone.AddrRange]{placeOf(a), placeOf(b)}
 	d, known := s.known[key]
 	if !known {
 		if s.steps += len(a) + len(b); s.steps > mostSteps {
@@ -141,7 +112,7 @@ func (s *subtraction) except(a, b []AddrRange) (left []AddrRange, some, ok bool)
 		}
 		d.left, d.some = exceptAddrs(a, b)
 		if s.known == nil {
-			s.known = make(map[[2]listAt[AddrRange]]difference)
+			s.known = make(map[[2]listAt[cone.AddrRange]]difference)
 		}
 		s.known[key] = d
 	}

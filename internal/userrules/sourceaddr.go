@@ -57,7 +57,7 @@ func OutsideAddrsOf(rules, untranslated []SourceNAT, link string, own netip.Addr
 	}
 	for _, n := range elsewhere {
 		for _, r := range n.dests {
-			o.Elsewhere = append(o.Elsewhere, r.prefixes()...)
+			o.Elsewhere = append(o.Elsewhere, r.Prefixes()...)
 		}
 	}
 	return o

@@ -6,11 +6,10 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/xt"
 	"golang.org/x/sys/unix"
-
-	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // A SourceNAT says to what a rule translates the sources of IPv4 packets, for UDP packets.
@@ -18,18 +17,18 @@ import (
 type SourceNAT struct {
 	// Addrs are the addresses that the rule uses. A masquerade instead uses an address of
 	// the link by which the packet leaves.
-	Addrs      []AddrRange
+	Addrs      cone.AddrRanges
 	Masquerade bool
 	// ChoosesPort says that the rule names, or may name, the ports among which the kernel
 	// chooses. Random says that the kernel chooses at random.
 	ChoosesPort, Random bool
 	// Ports are the ports that the rule names; none if they are not known.
-	Ports []PortRange
+	Ports cone.PortRanges
 	// Links are the links by which the packets leave; a name that ends with an asterisk is
 	// a pattern; nil stands for any. Sources are the sources of the packets; nil stands for
 	// any.
 	Links   []string
-	Sources []AddrRange
+	Sources cone.AddrRanges
 	// Partial says that the rule may not translate all packets that match.
 	Partial bool
 	// Unknown says that there may be other addresses: from a map, or from something that is
@@ -41,7 +40,7 @@ type SourceNAT struct {
 	// byOther says that it is neither their sources, nor links, nor known destinations.
 	byOther bool
 	// dests are the destinations of the packets; nil stands for any.
-	dests []AddrRange
+	dests cone.AddrRanges
 	// few says that the rule is for packets to certain destinations or to few ports alone.
 	few bool
 	// Text names the rule as in a Forward, and Chain the base chain that leads to it, as
@@ -114,7 +113,7 @@ func (rs *Ruleset) findSources() (all, exempt []SourceNAT) {
 // more: in rules that are not understood or could not be read, or in tables of
 // iptables-legacy that only root can see. A packet that leaves by one link with the address
 // of another link can have that address only from such a rule.
-func (rs *Ruleset) FixedSources() (addrs []AddrRange, unknown bool) {
+func (rs *Ruleset) FixedSources() (addrs cone.AddrRanges, unknown bool) {
 	for _, t := range rs.tables {
 		unknown = unknown || t.torn && t.has(unix.NFPROTO_IPV4)
 	}
@@ -240,7 +239,7 @@ func (n *SourceNAT) nat(e *expr.NAT, loaded map[uint32][]byte) {
 		n.Unknown = true
 		return
 	}
-	n.Addrs = append(n.Addrs, AddrRange{First: first, Last: last})
+	n.Addrs = append(n.Addrs, cone.AddrRange{First: first, Last: last})
 }
 
 // fixedTargets are the iptables targets with fixed addresses. Rules of nftables may have
@@ -258,13 +257,13 @@ func (n *SourceNAT) target(e *expr.Target) {
 	}
 	for _, r := range *ranges {
 		if named && r.Flags&rangePorts != 0 {
-			n.ChoosesPort, n.Ports = true, append(n.Ports, PortRange{r.MinPort, r.MaxPort})
+			n.ChoosesPort, n.Ports = true, append(n.Ports, cone.PortRange{First: r.MinPort, Last: r.MaxPort})
 		}
 		n.Random = n.Random || r.Flags&rangeRandom != 0
 		first, _ := netip.AddrFromSlice(r.MinIP)
 		last, _ := netip.AddrFromSlice(r.MaxIP)
 		if fixed && r.Flags&rangeAddrs != 0 {
-			n.Addrs = append(n.Addrs, AddrRange{First: first, Last: last})
+			n.Addrs = append(n.Addrs, cone.AddrRange{First: first, Last: last})
 		}
 	}
 }
@@ -281,32 +280,10 @@ func (n *SourceNAT) Within(subnets []netip.Prefix) (all []netip.Prefix) {
 		return slices.Clone(subnets)
 	}
 	for _, s := range subnets {
-		whole := AddrRange{First: s.Masked().Addr(), Last: nfnl.LastAddr(s)}
-		for _, r := range intersectAddrs([]AddrRange{whole}, n.Sources) {
-			all = append(all, r.prefixes()...)
+		whole := cone.RangeOf(s)
+		for _, r := range intersectAddrs(cone.AddrRanges{whole}, n.Sources) {
+			all = append(all, r.Prefixes()...)
 		}
 	}
 	return all
-}
-
-// prefixes returns the prefixes that make up the range.
-func (r AddrRange) prefixes() (all []netip.Prefix) {
-	for a := r.First; a.IsValid() && a.Compare(r.Last) <= 0; {
-		p := netip.PrefixFrom(a, a.BitLen())
-		for p.Bits() > 0 {
-			wider := netip.PrefixFrom(a, p.Bits()-1)
-			if wider.Masked().Addr() != a || nfnl.LastAddr(wider).Compare(r.Last) > 0 {
-				break
-			}
-			p = wider
-		}
-		all = append(all, p)
-		a = nfnl.LastAddr(p).Next()
-	}
-	return all
-}
-
-// Has reports whether a is in the range.
-func (r AddrRange) Has(a netip.Addr) bool {
-	return r.First.BitLen() == a.BitLen() && r.First.Compare(a) <= 0 && a.Compare(r.Last) <= 0
 }

@@ -9,14 +9,13 @@ import (
 	"sort"
 
 	"github.com/conenatd/conenatd/internal/cone"
-	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // A taker says whose packets forwards take, and where they send them.
 type taker struct {
-	sources []AddrRange // sorted and disjoint; nil stands for any
-	to      forwardTo   // for all sources
-	tos     []forwardTo // for each range of sources, if they are several; nil otherwise
+	sources cone.AddrRanges // sorted and disjoint; nil stands for any
+	to      forwardTo       // for all sources
+	tos     []forwardTo     // for each range of sources, if they are several; nil otherwise
 }
 
 // A forwardTo has To and ToPrefix of a Forward.
@@ -63,7 +62,7 @@ func (t *taker) equal(o *taker) bool {
 }
 
 func (t *taker) compare(o *taker) int {
-	return cmp.Or(t.to.compare(o.to), slices.CompareFunc(t.sources, o.sources, func(a, b AddrRange) int {
+	return cmp.Or(t.to.compare(o.to), slices.CompareFunc(t.sources, o.sources, func(a, b cone.AddrRange) int {
 		return cmp.Or(a.First.Compare(b.First), a.Last.Compare(b.Last))
 	}))
 }
@@ -81,7 +80,7 @@ func (t *taker) leads(p *cone.Permission) cone.Forwarding {
 	}
 	most := cone.NotForwarded
 	peers := p.Peers()
-	first, last := peers.Addr(), nfnl.LastAddr(peers)
+	first, last := peers.Addr(), cone.RangeOf(peers).Last
 	for i := sort.Search(len(t.sources), func(i int) bool { return !t.sources[i].Last.Less(first) }); i < len(t.sources); i++ {
 		switch {
 		case last.Less(t.sources[i].First):
@@ -194,7 +193,7 @@ func (s *takers) merge(all []*taker) *taker {
 		}
 	}
 	slices.SortFunc(edges, func(a, b edge) int { return a.at.Compare(b.at) })
-	t, active := &taker{sources: []AddrRange{}, tos: []forwardTo{}}, map[forwardTo]int{}
+	t, active := &taker{sources: cone.AddrRanges{}, tos: []forwardTo{}}, map[forwardTo]int{}
 	for i, e := range edges {
 		if i > 0 && edges[i-1].at.BitLen() != e.at.BitLen() {
 			clear(active) // those to the end of the other family
@@ -223,7 +222,7 @@ func (s *takers) merge(all []*taker) *taker {
 			t.sources[n-1].Last = last
 			continue
 		}
-		t.sources, t.tos = append(t.sources, AddrRange{e.at, last}), append(t.tos, to)
+		t.sources, t.tos = append(t.sources, cone.AddrRange{First: e.at, Last: last}), append(t.tos, to)
 	}
 	s.merged[string(key)] = t
 	return t
@@ -231,7 +230,7 @@ func (s *takers) merge(all []*taker) *taker {
 
 // coveredPorts are ports that the same forwards cover.
 type coveredPorts struct {
-	PortRange
+	cone.PortRange
 	by []*taker // in order
 }
 
@@ -240,7 +239,7 @@ func (c coveredPorts) equal(d coveredPorts) bool {
 }
 
 // sources returns whose packets the forwards take; nil stands for everybody's.
-func (c coveredPorts) sources() (all []AddrRange) {
+func (c coveredPorts) sources() (all cone.AddrRanges) {
 	for _, t := range c.by {
 		if t.sources == nil {
 			return nil
@@ -276,7 +275,7 @@ func lead(ports []coveredPorts, port uint16, p *cone.Permission) (most cone.Forw
 
 // takenPorts are ports that a forward covers.
 type takenPorts struct {
-	PortRange
+	cone.PortRange
 	by *taker
 }
 
@@ -302,7 +301,7 @@ func (s *takers) divide(all []takenPorts) (out []coveredPorts) {
 		if i+1 == len(edges) || edges[i+1].at == e.at || len(active) == 0 {
 			continue
 		}
-		next := coveredPorts{PortRange{uint16(e.at), uint16(edges[i+1].at - 1)}, s.together(active)}
+		next := coveredPorts{cone.PortRange{First: uint16(e.at), Last: uint16(edges[i+1].at - 1)}, s.together(active)}
 		if n := len(out); n > 0 && int(out[n-1].Last)+1 == e.at && slices.Equal(out[n-1].by, next.by) {
 			out[n-1].Last = next.Last
 		} else {

@@ -5,11 +5,10 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/xt"
 	"golang.org/x/sys/unix"
-
-	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // An Untracked is a rule that keeps UDP packets of a subnet's hosts, or of their peers, from
@@ -19,7 +18,7 @@ type Untracked struct {
 	FromPeers bool
 	// Ports are where the packets go: for those from hosts, the ports of the peers, otherwise those
 	// of the outside address, or of the hosts of a routed subnet, which are more than half of all.
-	Ports []PortRange
+	Ports cone.PortRanges
 	Text  string // names the rule, as in a Forward
 	// Spec are the words by which iptables-legacy deletes the rule from its chain; none for other rules,
 	// and if they would not say all of it.
@@ -85,13 +84,13 @@ func (rs *Ruleset) Untracked(sides Sides, routed []netip.Prefix) (found []Untrac
 }
 
 // mayBePeers reports whether one of the sources, nil for any, is no private address.
-func mayBePeers(sources []AddrRange) bool {
-	return sources == nil || slices.ContainsFunc(sources, func(r AddrRange) bool { return !r.First.IsPrivate() || !r.Last.IsPrivate() })
+func mayBePeers(sources cone.AddrRanges) bool {
+	return sources == nil || slices.ContainsFunc(sources, func(r cone.AddrRange) bool { return !r.First.IsPrivate() || !r.Last.IsPrivate() })
 }
 
 // overlaps reports whether a prefix has one of the addresses.
-func overlaps(addrs []AddrRange, p netip.Prefix) bool {
-	return len(intersectAddrs(addrs, []AddrRange{{p.Masked().Addr(), nfnl.LastAddr(p)}})) > 0
+func overlaps(addrs cone.AddrRanges, p netip.Prefix) bool {
+	return len(intersectAddrs(addrs, cone.AddrRanges{cone.RangeOf(p)})) > 0
 }
 
 // untracks reports whether a statement keeps packets from conntrack.

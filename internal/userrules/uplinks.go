@@ -5,10 +5,9 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
-
-	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // Uplinks returns the names of the links that lead outside according to the rules: packets
@@ -109,8 +108,8 @@ func translated(out *Link, notFrom []Link, source *origin) *child {
 
 // overlapsAny reports whether an address from low to high is in one of the prefixes.
 func overlapsAny(prefixes []netip.Prefix, low, high []byte) bool {
-	asked := []AddrRange{addrRange(filled(low, 4, 0), filled(high, 4, 0xff))}
+	asked := cone.AddrRanges{addrRange(filled(low, 4, 0), filled(high, 4, 0xff))}
 	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool {
-		return len(intersectAddrs(asked, []AddrRange{{First: p.Masked().Addr(), Last: nfnl.LastAddr(p)}})) > 0
+		return len(intersectAddrs(asked, cone.AddrRanges{cone.RangeOf(p)})) > 0
 	})
 }

@@ -45,7 +45,7 @@ func TestForwardsBehindLargeMap(t *testing.T) {
 			}
 			for n := range services {
 				a := netip.MustParseAddr(address(n))
-				if slices.ContainsFunc(all[services].Addrs, func(r userrules.AddrRange) bool { return r.Has(a) }) {
+				if all[services].Addrs.Has(a) {
 					t.Fatalf("the rest has %v", a)
 				}
 			}

@@ -5,7 +5,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/doctor"
 	"github.com/conenatd/conenatd/internal/gateway"
@@ -41,7 +41,7 @@ func untracked(rs *userrules.Ruleset, st control.Status, sides userrules.Sides) 
 		var ports []string
 		wanted := u.FromPeers
 		for _, r := range u.Ports {
-			ports = append(ports, config.PortRange(r).String())
+			ports = append(ports, r.Text())
 			wanted = wanted || !excluded(st, r)
 		}
 		x := doctor.Untracked{Subnets: []netip.Prefix{u.Subnet}, FromPeers: u.FromPeers, Rule: u.Text, Spec: u.Spec}
@@ -67,7 +67,7 @@ func untracked(rs *userrules.Ruleset, st control.Status, sides userrules.Sides) 
 }
 
 // excluded reports whether no peer port of r gives a permission.
-func excluded(st control.Status, r userrules.PortRange) bool {
+func excluded(st control.Status, r cone.PortRange) bool {
 	next := int(r.First)
 	for _, x := range st.ExcludePeerPorts { // sorted
 		if int(x.First) <= next && next <= int(x.Last) {
