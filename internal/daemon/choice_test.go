@@ -237,7 +237,7 @@ func TestUnreadChainIsOneWarning(t *testing.T) {
 		}
 		var got warnings
 		got.addDecisions(config.Config{Subnets: subnets}, decisions, (&cone.Model{}).MapAlone)
-		if len(got) != tc.want || tc.want > 0 && (got[0].id != warnChainsUnread || !strings.Contains(got[0].text, chain)) {
+		if len(got) != tc.want || tc.want > 0 && (got[0].ID != warnChainsUnread || !strings.Contains(got[0].Text, chain)) {
 			t.Errorf("with %v: %q", tc.err, got)
 		}
 	}
@@ -262,7 +262,7 @@ func TestNetworkThatTheFirewallKeepsInIsNoFault(t *testing.T) {
 		got.addDecisions(cfg, map[netip.Prefix]decision{lan: tc.lan, iot: kept}, (&cone.Model{}).MapAlone)
 		var ids []warningID
 		for _, w := range got {
-			ids = append(ids, w.id)
+			ids = append(ids, w.ID)
 		}
 		if !slices.Equal(ids, tc.want) {
 			t.Errorf("%s: %q, want %q", name, ids, tc.want)

@@ -327,7 +327,7 @@ func (d *Daemon) takeOver() (adopted []expect.Adopted, err error) {
 	}
 	d.decide() // again: the warnings depend on the backends in use
 	// Only now is it known which of the user's chains are older than our own chain.
-	l.ruleWarnings = slices.DeleteFunc(l.ruleWarnings, func(w warning) bool { return w.id == warnRivalChain })
+	l.ruleWarnings = slices.DeleteFunc(l.ruleWarnings, func(w control.Finding) bool { return w.ID == warnRivalChain })
 	l.ruleWarnings = append(l.ruleWarnings, r.firewall.rivals(l.cfg, r.network)...)
 	l.overtaken = r.firewall.overtaken
 	if err := d.goOnServing(adopted); err != nil {

@@ -35,7 +35,7 @@ func TestLinkThatWaitsForItsLookSilencesNoOther(t *testing.T) {
 		l.warnElsewhere(&out)
 		var got []string
 		for _, w := range out {
-			got = append(got, w.about)
+			got = append(got, w.About)
 		}
 		if !slices.Equal(got, want) {
 			t.Errorf("%s: warned of %q, want %q", when, got, want)

@@ -169,12 +169,12 @@ func (x *examination) status() control.Status {
 	all := l.warnings()
 	if f, err := os.OpenFile(filepath.Join(handover.Dir, handover.Acct), os.O_WRONLY, 0); err == nil {
 		_ = f.Close()
-		all = slices.DeleteFunc(all, func(w warning) bool { return w.id == warnAccountingOff }) // a daemon turns it on
+		all = slices.DeleteFunc(all, func(w control.Finding) bool { return w.ID == warnAccountingOff }) // a daemon turns it on
 	}
 	if x.untried != nil {
-		all = slices.DeleteFunc(all, func(w warning) bool { return w.id == warnSelf })
+		all = slices.DeleteFunc(all, func(w control.Finding) bool { return w.ID == warnSelf })
 	}
-	st.Warnings, st.Findings = all.status()
+	st.Warnings, st.Findings = all.texts(), all
 	return st
 }
 

@@ -65,8 +65,8 @@ func (l *loop) warnings() (out warnings) {
 	case a.NotInForce():
 		first := ""
 		for _, w := range l.ruleWarnings {
-			if w.id == warnRivalChain {
-				first = "chain " + w.about + " comes before conenatd's: "
+			if w.ID == warnRivalChain {
+				first = "chain " + w.About + " comes before conenatd's: "
 			}
 		}
 		out.add(warnNotMapped, "", "endpoint-independent mapping is not in force: %s%s", first, control.NotApplied(a.Not()))

@@ -180,7 +180,7 @@ func (f *firewall) isOneToOne(r userrules.Forward) bool {
 
 // addForward adds what the user should know about a forward. withMap says that there is a map.
 func (w *warnings) addForward(r userrules.Forward, withMap bool) {
-	if n := len(*w); n > 0 && r.Most && (*w)[n-1].about == r.Text {
+	if n := len(*w); n > 0 && r.Most && (*w)[n-1].About == r.Text {
 		return // the same rule, for other addresses
 	}
 	switch {

@@ -9,6 +9,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/rules"
@@ -120,8 +121,8 @@ func TestForwardsHoldWhileRulesCannotBeRead(t *testing.T) {
 		t.Fatalf("covered %v, warnings %q", before.Covers(e), warnings)
 	}
 	unprivileged(t, func() {
-		if got, warnings := forwards(network); got != before || !slices.ContainsFunc(warnings, func(w warning) bool {
-			return w.id == warnForwardsUnread && strings.Contains(w.text, "port forwards cannot be read") && strings.Contains(w.text, "CAP_NET_ADMIN")
+		if got, warnings := forwards(network); got != before || !slices.ContainsFunc(warnings, func(w control.Finding) bool {
+			return w.ID == warnForwardsUnread && strings.Contains(w.Text, "port forwards cannot be read") && strings.Contains(w.Text, "CAP_NET_ADMIN")
 		}) {
 			t.Errorf("without privilege: covered %v, warnings %q", got.Covers(e), warnings)
 		}
@@ -157,7 +158,7 @@ func TestForwardThatIsNotUnderstoodBarsExpectationsAlone(t *testing.T) {
 		Addrs: []gateway.Addr{{Prefix: netip.MustParsePrefix("198.51.100.1/24"), Link: 2}, {Prefix: netip.MustParsePrefix("198.18.7.2/24"), Link: 3}},
 	}
 	covered, warnings := f.forwards([]netip.Prefix{lab.InsideNet}, network)
-	if len(warnings) != 1 || warnings[0].id != warnForwardUnknown || !strings.Contains(warnings[0].text, "nobody gets in there") {
+	if len(warnings) != 1 || warnings[0].ID != warnForwardUnknown || !strings.Contains(warnings[0].Text, "nobody gets in there") {
 		t.Errorf("warnings %q", warnings)
 	}
 	for port, want := range map[uint16][3]bool{
@@ -216,7 +217,7 @@ func TestForwardOfAllPortsIsWarnedOfWhereOthersHaveItsAddress(t *testing.T) {
 			f.look()
 			f.ownAddrs = map[string]netip.Addr{"wan0": netip.MustParseAddr("198.51.100.1"), "lan0": lab.InsideNet.Addr().Next()}
 			_, warnings := f.forwards([]netip.Prefix{lab.InsideNet}, gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: gateway.IPv4}}})
-			if (len(warnings) == 1 && warnings[0].id == warnForwardsAll) != tc.warned || len(warnings) > 1 {
+			if (len(warnings) == 1 && warnings[0].ID == warnForwardsAll) != tc.warned || len(warnings) > 1 {
 				t.Errorf("warnings %q", warnings)
 			}
 		})

@@ -105,9 +105,7 @@ func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (not
 		}
 		f.sources, f.exempt = f.user.SourceNAT(), f.user.Untranslated()
 		_, more := f.differ(cfg, network)
-		for _, w := range more {
-			notes = append(notes, w.text)
-		}
+		notes = append(notes, more.texts()...)
 	}
 	sockets, err := gateway.DialSockets(0)
 	if err != nil {
@@ -121,10 +119,7 @@ func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (not
 	}
 	ports, warnings, err := f.choosePorts(cfg, network, held, false, forwarded)
 	f.ports = ports
-	for _, w := range warnings {
-		notes = append(notes, w.text)
-	}
-	return notes, err
+	return append(notes, warnings.texts()...), err
 }
 
 // readTableSize reads how many entries the conntrack table may have; 0 if there is no bound,

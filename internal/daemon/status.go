@@ -46,7 +46,8 @@ func (s source) Status() control.Status {
 		}
 		st.Outside, st.OutsideIPv6Only = l.network.OutsideLinks(), l.network.OutsideLinksIPv6Only()
 		st.ExcludePeerPorts = l.excludedPeerPorts()
-		st.Warnings, st.Findings = l.warnings().status()
+		warnings := l.warnings()
+		st.Warnings, st.Findings = warnings.texts(), warnings
 		st.Backend = l.backends.String()
 		st.Helper.IPv4, st.Helper.IPv6 = l.helper(false), l.helper(true)
 		if e := l.backends.expect; e != nil {

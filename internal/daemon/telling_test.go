@@ -109,7 +109,7 @@ func TestForwardIsWarnedOfWhereItMayKeepPeersFromServedHosts(t *testing.T) {
 			_, out := f.forwards([]netip.Prefix{tc.subnet}, gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: gateway.IPv4 | gateway.IPv6}}})
 			var got warningID
 			if len(out) > 0 {
-				got = out[0].id
+				got = out[0].ID
 			}
 			if got != tc.want || len(out) > 1 {
 				t.Errorf("warnings %q, want %q", out, tc.want)
@@ -131,7 +131,7 @@ func TestForwardOfMostPortsIsNamedSo(t *testing.T) {
 		},
 	} {
 		var got warnings
-		if got.addForward(r, true); len(got) != 1 || got[0].text != text {
+		if got.addForward(r, true); len(got) != 1 || got[0].Text != text {
 			t.Errorf("got %q, want %q", got, text)
 		}
 	}

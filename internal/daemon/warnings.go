@@ -14,7 +14,7 @@ import (
 const warnEvery = time.Minute
 
 // A warningID is the identifier of a warning (docs/control.md).
-type warningID string
+type warningID = string
 
 const (
 	warnNoNFTables      warningID = "no_nftables"
@@ -77,35 +77,24 @@ const (
 	warnSelf            warningID = "self_not_served"        // about is the family, or empty for both
 )
 
-// A warning is a sentence for the user. about tells it from others with the same
-// identifier, since the numbers in the text may change. fix is the shell command that
-// repairs it, if the daemon knows one.
-type warning struct {
-	id          warningID
-	about, text string
-	fix         string
-}
-
-func (w warning) key() string { return string(w.id) + " " + w.about }
-
-// warnings are those that hold at one time, in the order of a status.
-type warnings []warning
+// warnings are sentences for the user that hold at one time, in the order of a status. What one
+// is about tells it from others with the same identifier: the numbers in the text may change.
+type warnings []control.Finding
 
 func (w *warnings) add(id warningID, about, format string, args ...any) {
 	w.addWithFix(id, about, "", format, args...)
 }
 
 func (w *warnings) addWithFix(id warningID, about, fix, format string, args ...any) {
-	*w = append(*w, warning{id, about, fmt.Sprintf(format, args...), fix})
+	*w = append(*w, control.Finding{ID: id, About: about, Text: fmt.Sprintf(format, args...), Fix: fix})
 }
 
-// status returns what status shows: the sentences, and the findings for programs.
-func (w warnings) status() (texts []string, findings []control.Finding) {
+// texts are the sentences alone.
+func (w warnings) texts() (all []string) {
 	for _, x := range w {
-		texts = append(texts, x.text)
-		findings = append(findings, control.Finding{ID: string(x.id), About: x.about, Text: x.text, Fix: x.fix})
+		all = append(all, x.Text)
 	}
-	return texts, findings
+	return all
 }
 
 // A warner logs a warning when it arises and when it is over.
@@ -124,17 +113,17 @@ func newWarner(log *slog.Logger) *warner {
 func (w *warner) tell(now time.Duration, all warnings) {
 	over := maps.Clone(w.holds)
 	for _, x := range all {
-		key := x.key()
+		key := x.ID + " " + x.About
 		delete(over, key)
 		said, known := w.said[key]
 		if _, holds := w.holds[key]; !holds {
 			if known && now-said < warnEvery {
 				continue
 			}
-			w.log.Warn(x.text)
+			w.log.Warn(x.Text)
 			w.said[key] = now
 		}
-		w.holds[key] = x.text
+		w.holds[key] = x.Text
 	}
 	for _, key := range slices.Sorted(maps.Keys(over)) {
 		w.log.Info("no longer: " + over[key])

@@ -4,6 +4,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/episodes/episodestest"
 )
 
@@ -11,15 +12,15 @@ func TestWarningIsLoggedWhenItArisesAndWhenItIsOver(t *testing.T) {
 	log, lines := episodestest.Logged()
 	w := newWarner(log)
 	now := time.Hour
-	tell := func(want string, all ...warning) {
+	tell := func(want string, all ...control.Finding) {
 		t.Helper()
 		w.tell(now, all)
 		if got := lines(); got != want {
 			t.Errorf("logged %q, want %q", got, want)
 		}
 	}
-	pool := func(text string) warning { return warning{id: warnPoolUsedUp, text: text} }
-	other := warning{id: warnNoOutside, text: "no outside link"}
+	pool := func(text string) control.Finding { return control.Finding{ID: warnPoolUsedUp, Text: text} }
+	other := control.Finding{ID: warnNoOutside, Text: "no outside link"}
 	const warn, info = "level=WARN msg=", "level=INFO msg="
 
 	tell("")
