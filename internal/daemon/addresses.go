@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -32,6 +33,7 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 		fixed, unknown := rules()
 		return unknown || fixed(a)
 	}
+	f.known = maps.Clone(f.known) // the loop may read the old one
 	if err := f.knowAddresses(cfg, kernel, network.Owned(), mayBeFixed); err != nil {
 		return nil, err
 	}
@@ -43,24 +45,24 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 			continue
 		}
 		now = append(now, addr)
-		if _, old := f.known[addr]; !old && kernel != nil && addr.Is4() { // it may have come back
+		if _, old := f.known[cone.AddrFrom(addr)]; !old && kernel != nil && addr.Is4() { // it may have come back
 			errs = append(errs, kernel.Return(addr))
 		}
 	}
 	gone := make(map[cone.Addr]struct{})
 	for a := range f.known {
-		if slices.Contains(now, a) {
+		if slices.Contains(now, a.Netip()) {
 			continue
 		}
-		if fixed, _ := rules(); !fixed(a) {
-			gone[cone.AddrFrom(a)] = struct{}{}
+		if fixed, _ := rules(); !fixed(a.Netip()) {
+			gone[a] = struct{}{}
 		}
 	}
 	if kernel != nil {
 		errs = append(errs, kernel.NoteAddresses(slices.DeleteFunc(slices.Clone(now), netip.Addr.Is6))) // each time: somebody may have deleted them
 	}
 	for _, a := range now {
-		f.known[a] = struct{}{}
+		f.known[cone.AddrFrom(a)] = struct{}{}
 	}
 	if kernel != nil {
 		given := sync.OnceValue(func() *mapping.Given { return f.given(c, network) }) // few calls need it, too
@@ -75,7 +77,7 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 	ended, err := forget(f.fixedFlows(cfg), kernel, gone)
 	if errs = append(errs, err); err == nil {
 		for a := range gone {
-			delete(f.known, a.Netip())
+			delete(f.known, a)
 			if kernel != nil && a.Is4() {
 				errs = append(errs, kernel.DropAddresses([]netip.Addr{a.Netip()}))
 			}
@@ -92,7 +94,7 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 func (f *firewall) endNamed(kernel *elements.Mappings, given func() *mapping.Given, now []netip.Addr) error {
 	var lost []netip.Addr
 	for a := range f.known {
-		if !slices.Contains(now, a) {
+		if a := a.Netip(); !slices.Contains(now, a) {
 			lost = append(lost, a)
 		}
 	}
@@ -107,15 +109,6 @@ func (f *firewall) endNamed(kernel *elements.Mappings, given func() *mapping.Giv
 	return nil
 }
 
-// hadAddresses returns the addresses that links have, or had.
-func (f *firewall) hadAddresses() map[cone.Addr]struct{} {
-	had := make(map[cone.Addr]struct{}, len(f.known))
-	for a := range f.known {
-		had[cone.AddrFrom(a)] = struct{}{}
-	}
-	return had
-}
-
 // noteMasqueraded tells the kernel which addresses are lost if no link has them, for the time
 // when no daemon runs: those that no rule names for a host with a mapping. A mapping must not go on
 // to them, but must to others, as to those in a VRF, which the kernel would not find: fib asks the
@@ -123,8 +116,8 @@ func (f *firewall) hadAddresses() map[cone.Addr]struct{} {
 func (f *firewall) noteMasqueraded(kernel *elements.Mappings, mayBeFixed func(netip.Addr) bool) error {
 	var lost []netip.Addr
 	for a := range f.known {
-		if a.Is4() && !f.withVRF && !mayBeFixed(a) {
-			lost = append(lost, a)
+		if a.Is4() && !f.withVRF && !mayBeFixed(a.Netip()) {
+			lost = append(lost, a.Netip())
 		}
 	}
 	return kernel.SetMasqueraded(lost)
@@ -141,11 +134,11 @@ func (f *firewall) fixedByRules() (fixed func(netip.Addr) bool, unknown bool) {
 // once those of children that no rule gives now, so that a link must have had them.
 func (f *firewall) knowAddresses(cfg config.Config, kernel *elements.Mappings, owned func(cone.Addr) bool, fixed func(netip.Addr) bool) error {
 	if f.known == nil {
-		known := make(map[netip.Addr]struct{})
+		known := make(map[cone.Addr]struct{})
 		err := f.fixedFlows(cfg).Each(func(sent *cone.Flow) {
 			a := sent.ReplyDst.Addr
 			if sent.IsChild() && a.Is4() && !owned(a) && !fixed(a.Netip()) {
-				known[a.Netip()] = struct{}{}
+				known[a] = struct{}{}
 			}
 		})
 		if err != nil {
@@ -161,7 +154,7 @@ func (f *firewall) knowAddresses(cfg config.Config, kernel *elements.Mappings, o
 		return err
 	}
 	for _, a := range noted {
-		f.known[a] = struct{}{}
+		f.known[cone.AddrFrom(a)] = struct{}{}
 	}
 	f.knownMapped = true
 	return nil

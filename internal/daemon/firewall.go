@@ -51,9 +51,9 @@ type firewall struct {
 
 	zones cone.Zones // of flows, as the rules serve them
 
-	known       map[netip.Addr]struct{} // addresses that links had; nil before the first look
-	knownMapped bool                    // with those that the tables hold for mappings
-	lost        []netip.Addr            // of known, when mappings on lost addresses were looked at last
+	known       map[cone.Addr]struct{} // addresses that links have, or had; nil before the first look
+	knownMapped bool                   // with those that the tables hold for mappings
+	lost        []netip.Addr           // of known, when mappings on lost addresses were looked at last
 
 	reached []netip.Prefix // hosts to which the user forwards ports
 	shut    []netip.Prefix // those to which the user's firewall lets none of that through

@@ -83,7 +83,7 @@ func (f *firewall) given(c *rules.MappingConfig, network gateway.Network) *mappi
 	if c == nil || len(links) == 0 || f.sources == nil || f.user == nil || f.user.SourcesMayBeHidden() {
 		return nil
 	}
-	return mapping.NewGiven(f.sources, f.ownAddrs, links, c.Subnets, flows.NewSources(network, f.hadAddresses()).Lost)
+	return mapping.NewGiven(f.sources, f.ownAddrs, links, c.Subnets, flows.NewSources(network, f.known).Lost)
 }
 
 // outsideAddrs returns the names of outside links, by their addresses. A link that only

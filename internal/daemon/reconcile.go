@@ -218,7 +218,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 	}
 	failed = errors.Join(failed, r.readTables(cfg), r.redecide(cfg, network))
 	topology := network.Topology().Compile()
-	hear, had := r.hearSelf(cfg), r.firewall.hadAddresses()
+	hear, had := r.hearSelf(cfg), r.firewall.known
 	r.ask(func(l *loop) {
 		misjudged = newOutside(l.network, network) || wantsMapping(cfg) && !topology.Equal(l.topology)
 		r.network = network.Lean()

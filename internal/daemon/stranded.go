@@ -18,7 +18,7 @@ func (r *reconciler) strands(cfg config.Config, network gateway.Network) *flows.
 		return nil
 	}
 	return &flows.Strands{
-		Rules: f.user, Routes: f.router(cfg, network), Fixed: f.fixedFlows(cfg), Shares: r.rerouted.shared, Had: f.hadAddresses(),
+		Rules: f.user, Routes: f.router(cfg, network), Fixed: f.fixedFlows(cfg), Shares: r.rerouted.shared, Had: f.known,
 		Former:      f.given(f.mappingConfig(cfg), network).Former,
 		Permissions: r.permissions,
 		Rerouted: func(has func(cone.Permission) bool) {
