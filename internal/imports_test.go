@@ -17,7 +17,7 @@ const module = "github.com/conenatd/conenatd/"
 // allowed lists, for each package, the packages of the project that its non-test files
 // may import.
 var allowed = map[string][]string{
-	"internal/audit":                 {"internal/cone"},
+	"internal/audit":                 {"internal/cone", "internal/episodes", "internal/watch"},
 	"internal/budget":                nil,
 	"internal/cone":                  nil,
 	"internal/config":                {"internal/cone"},
@@ -38,6 +38,7 @@ var allowed = map[string][]string{
 	"internal/reference":             {"internal/config", "internal/text"},
 	"internal/sandbox":               nil,
 	"internal/text":                  nil,
+	"internal/watch":                 {"internal/cone"},
 	"internal/top":                   {"internal/control", "internal/doctor"},
 	"internal/gateway":               {"internal/cone", "internal/nfnl"},
 	"internal/ctwatch":               {"internal/cone", "internal/nfnl"},
@@ -57,7 +58,7 @@ var allowed = map[string][]string{
 	"internal/selftest":              {"internal/control", "internal/lab"},
 	"internal/daemon": {
 		"internal/audit", "internal/budget", "internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/engine", "internal/episodes", "internal/evidence", "internal/expect", "internal/flows", "internal/gateway", "internal/handover", "internal/histogram", "internal/mapping", "internal/metrics", "internal/page", "internal/portpool", "internal/rules",
-		"internal/rules/elements", "internal/userrules",
+		"internal/rules/elements", "internal/userrules", "internal/watch",
 	},
 	"cmd/conenatd": {
 		"internal/config", "internal/control", "internal/daemon", "internal/demo", "internal/doctor", "internal/doctor/collect",

@@ -81,13 +81,13 @@ func (r *reconciler) adopt(wanted config.Config) error {
 	if err := unchangeable(old, cfg); err != nil {
 		return err
 	}
-	if err := r.auditor.open(&cfg); err != nil {
+	if err := r.auditor.Open(cfg.AuditLog); err != nil {
 		return err
 	}
 	if err := r.change(cfg); err != nil {
-		return errors.Join(err, r.auditor.discard())
+		return errors.Join(err, r.auditor.Discard())
 	}
-	r.auditor.use(cfg.AuditPeers)
+	r.auditor.Use(cfg.AuditPeers)
 	r.wanted = wanted
 	if r.given.Level != nil {
 		r.given.Level.Set(cfg.LogLevel)

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/conenatd/conenatd/internal/audit"
 	"github.com/conenatd/conenatd/internal/budget"
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
@@ -28,6 +29,7 @@ import (
 	"github.com/conenatd/conenatd/internal/mapping"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 	"github.com/conenatd/conenatd/internal/userrules"
+	"github.com/conenatd/conenatd/internal/watch"
 )
 
 // Config is what New needs beyond the user's configuration.
@@ -84,8 +86,8 @@ type shared struct {
 	ready   chan struct{} // closed after the first reconcile
 	adopted chan struct{} // closed when all permissions of an earlier daemon are adopted
 
-	watchers watchers // clients that watch
-	auditor  *auditor
+	watchers watch.Watchers
+	auditor  *audit.Auditor
 
 	reloads  atomic.Uint64 // number of reloads begun
 	reloaded struct {
@@ -209,7 +211,6 @@ func newDaemon(cfg Config) *Daemon {
 		ready:   make(chan struct{}),
 		adopted: make(chan struct{}),
 	}
-	all.auditor = &auditor{shared: all, wait: func() <-chan time.Time { return time.After(auditTime) }}
 	l, r := &loop{shared: all, cfg: cfg.Config}, &reconciler{shared: all, wanted: cfg.Config}
 	d := &Daemon{shared: all, loop: l, reconcile: r}
 	r.rerouted.outside = make(map[string]bool)
@@ -220,6 +221,7 @@ func newDaemon(cfg Config) *Daemon {
 		Between: r.lookBetween,
 	}
 	l.warned, d.noted = newWarner(d.log), episodes.New(d.log, d.now, cfg.Reconcile)
+	d.auditor = audit.NewAuditor(&d.watchers, d.noted, d.standing)
 	d.failures = episodes.NewFailures(d.log, d.now, cfg.Reconcile)
 	return d
 }
@@ -235,10 +237,10 @@ func (d *Daemon) open() error {
 		return err
 	}
 	d.closes(lock.Close)
-	if err := d.auditor.open(&cfg.Config); err != nil {
+	if err := d.auditor.Open(cfg.AuditLog); err != nil {
 		return err
 	}
-	d.closes(d.auditor.discard)
+	d.closes(d.auditor.Discard)
 	if d.site, err = openSite(&cfg.Config, d.log); err != nil {
 		return err
 	}
@@ -349,7 +351,7 @@ func (d *Daemon) begin(adopted []expect.Adopted) {
 	l.useBackends(r.backends) // the policy depends on them, and on the features
 	l.features = r.firewall.features
 	l.newEngine(cone.New(l.policy(l.cfg)), r.served)
-	d.auditor.use(cfg.AuditPeers)
+	d.auditor.Use(cfg.AuditPeers)
 	l.engine.Model.Observe(d.observe)
 	l.engine.Model.AdoptZones(r.firewall.zones)
 	l.topology = r.network.Topology().Compile()

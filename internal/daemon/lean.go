@@ -84,7 +84,7 @@ func (p *pace) look(now time.Duration, count uint64) {
 func (r *reconciler) mayHide(cfg config.Config) bool {
 	f := r.firewall
 	return cfg.Events != config.AllEvents && cfg.Lifetime >= leanLifetime && f.learns(cfg) && f.labels() &&
-		!f.expects(cfg) && r.guarded(cfg) && len(f.zonedAddrs()) == 0 && !r.watchers.any() && !r.lean.answers
+		!f.expects(cfg) && r.guarded(cfg) && len(f.zonedAddrs()) == 0 && !r.watchers.Any() && !r.lean.answers
 }
 
 // expects reports whether expectations carry, or may carry, permissions that the kernel

@@ -62,7 +62,7 @@ func TestFlowsThatMustBeReported(t *testing.T) {
 		"the guard does not know links": func(r *reconciler, _ *config.Config) { r.network.Links = []gateway.Link{{Kind: "vrf"}} },
 		"permissions end too soon":      func(_ *reconciler, cfg *config.Config) { cfg.Lifetime = leanLifetime - 1 },
 		"a forward waits for answers":   func(r *reconciler, _ *config.Config) { r.lean.answers = true },
-		"somebody watches":              func(r *reconciler, _ *config.Config) { _, _ = r.watchers.add() },
+		"somebody watches":              func(r *reconciler, _ *config.Config) { _, _ = r.watchers.Add() },
 		"flows have zones": func(r *reconciler, _ *config.Config) {
 			r.firewall.zones = cone.Zones{Original: true, Outside: []netip.Addr{netip.MustParseAddr("198.51.100.1")}}
 		},

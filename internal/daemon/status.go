@@ -72,7 +72,7 @@ func (s source) Status() control.Status {
 		for link, n := range l.engine.Model.Elsewhere() {
 			st.Counters.SkippedLinks[link] = n.Flows
 		}
-		st.Counters.Failed, st.Counters.AuditLost = s.failures.Totals(), s.auditor.missing()
+		st.Counters.Failed, st.Counters.AuditLost = s.failures.Totals(), s.auditor.Missing()
 		st.Latency = latencyStatus(&l.latency)
 	})
 	return st

@@ -39,7 +39,7 @@ func (d *Daemon) closes(f func() error) { d.closers = append(d.closers, f) }
 // Close closes what New opened, and removes our tables unless permissions are to stay. Run
 // calls it; call it for a Daemon that did not Run.
 func (d *Daemon) Close() error {
-	d.auditor.close(!d.leave && d.loop.engine != nil)
+	d.auditor.Close(!d.leave && d.loop.engine != nil)
 	var errs []error
 	for _, f := range slices.Backward(d.closers) {
 		errs = append(errs, f())

@@ -1,4 +1,4 @@
-package daemon
+package audit
 
 import (
 	"bytes"
@@ -16,20 +16,19 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/conenatd/conenatd/internal/audit"
 	"github.com/conenatd/conenatd/internal/cone"
-	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/episodes"
+	"github.com/conenatd/conenatd/internal/watch"
 )
 
-// quietShared returns what an auditor uses, without a loop, and its log.
-func quietShared() (*shared, *bytes.Buffer) {
+// quietAuditor returns an Auditor of a daemon whose loop has ended, and its log.
+func quietAuditor() (*Auditor, *bytes.Buffer) {
 	var b bytes.Buffer
-	s := &shared{log: slog.New(slog.NewTextHandler(&b, &slog.HandlerOptions{Level: slog.LevelDebug})), ended: make(chan struct{})}
-	s.noted = episodes.New(s.log, func() time.Duration { return 0 }, time.Minute)
-	s.auditor = &auditor{shared: s, wait: func() <-chan time.Time { return nil }}
-	close(s.ended)
-	return s, &b
+	log := slog.New(slog.NewTextHandler(&b, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	noted := episodes.New(log, func() time.Duration { return 0 }, time.Minute)
+	a := NewAuditor(new(watch.Watchers), noted, func(<-chan struct{}) ([]cone.Permission, bool) { return nil, false })
+	a.wait = func() <-chan time.Time { return nil }
+	return a, &b
 }
 
 func grantedTo(i int) cone.Event {
@@ -43,23 +42,23 @@ func grantedTo(i int) cone.Event {
 // Fails when an event is neither in the file nor counted there, in the log and by status, and, by
 // hanging, when the loop waits.
 func TestTheAuditLogCountsWhatItLoses(t *testing.T) {
-	s, log := quietShared()
+	a, log := quietAuditor()
 	path := filepath.Join(t.TempDir(), "audit.log")
-	if err := s.auditor.open(&config.Config{AuditLog: path}); err != nil {
+	if err := a.Open(path); err != nil {
 		t.Fatal(err)
 	}
-	w := &watcher{events: make(chan watched, 4)}
-	s.watchers.auditor.Store(w)
+	w := watch.New(4)
+	a.watchers.Auditor.Store(w)
 	const published = 10
 	for i := range published {
-		s.watchers.publish(grantedTo(i))
+		a.watchers.Publish(grantedTo(i))
 	}
-	if n := s.auditor.missing(); n != published-4 {
+	if n := a.Missing(); n != published-4 {
 		t.Errorf("status counts %d lost while the log is behind, want %d", n, published-4)
 	}
-	s.auditor.start(s.auditor.opened, false, w)
-	s.auditor.opened = nil
-	s.auditor.close(false)
+	a.start(a.opened, false, w)
+	a.opened = nil
+	a.Close(false)
 	b, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
@@ -78,7 +77,7 @@ func TestTheAuditLogCountsWhatItLoses(t *testing.T) {
 			begins++
 		}
 	}
-	if n := s.auditor.missing(); n != published-4 {
+	if n := a.Missing(); n != published-4 {
 		t.Errorf("status counts %d lost, want %d", n, published-4)
 	}
 	if begins != 4 || lost != published-4 {
@@ -95,8 +94,8 @@ func TestTheAuditLogCountsWhatItLoses(t *testing.T) {
 // Fails, by hanging, when the reload or the stop waits for the disk, and when the new file gets
 // nothing.
 func TestAnAuditLogThatHangsHoldsNothingUp(t *testing.T) {
-	s, log := quietShared()
-	patient, over := s.auditor.wait, make(chan time.Time)
+	a, log := quietAuditor()
+	patient, over := a.wait, make(chan time.Time)
 	close(over)
 	impatient := func() <-chan time.Time { return over }
 	hang := func() (r *os.File) {
@@ -111,33 +110,33 @@ func TestAnAuditLogThatHangsHoldsNothingUp(t *testing.T) {
 		if _, err := w.Write(make([]byte, size)); err != nil { // it is full
 			t.Fatal(err)
 		}
-		s.auditor.start(w, false, &watcher{events: make(chan watched, 1500)})
+		a.start(w, false, watch.New(1500))
 		for i := range 3000 { // 1,000 of them fill what waits to be written, 1,500 the queue
-			s.watchers.publish(grantedTo(i))
+			a.watchers.Publish(grantedTo(i))
 		}
 		for stack := make([]byte, 1<<20); !writes(string(stack[:runtime.Stack(stack, true)])); {
 			runtime.Gosched()
 		}
 		return r
 	}
-	first, firstDone := hang(), s.auditor.done
+	first, firstDone := hang(), a.done
 	path := filepath.Join(t.TempDir(), "audit.log")
-	if err := s.auditor.open(&config.Config{AuditLog: path}); err != nil {
+	if err := a.Open(path); err != nil {
 		t.Fatal(err)
 	}
-	s.auditor.wait = impatient
-	s.auditor.use(false)
-	s.auditor.wait = patient
-	s.watchers.publish(grantedTo(1))
-	s.auditor.close(false)
+	a.wait = impatient
+	a.Use(false)
+	a.wait = patient
+	a.watchers.Publish(grantedTo(1))
+	a.Close(false)
 	if b, err := os.ReadFile(path); err != nil || !strings.Contains(string(b), "mapping_begin") {
 		t.Errorf("the new file has %q, error %v", b, err)
 	}
-	second, secondDone := hang(), s.auditor.done
-	s.auditor.wait = impatient
-	s.auditor.close(true)
-	if !strings.Contains(log.String(), audit.ErrSlow.Error()) || s.auditor.missing() == 0 {
-		t.Errorf("%d are missing, logged %q", s.auditor.missing(), log)
+	second, secondDone := hang(), a.done
+	a.wait = impatient
+	a.Close(true)
+	if !strings.Contains(log.String(), ErrSlow.Error()) || a.Missing() == 0 {
+		t.Errorf("%d are missing, logged %q", a.Missing(), log)
 	}
 	// Once the file systems answer, each record is there or counts as lost.
 	there := 0
@@ -151,7 +150,7 @@ func TestAnAuditLogThatHangsHoldsNothingUp(t *testing.T) {
 	}
 	<-firstDone
 	<-secondDone
-	if n := int(s.auditor.missing()); there+n != 2*3000 {
+	if n := int(a.Missing()); there+n != 2*3000 {
 		t.Errorf("%d records are there and %d missing, of %d", there, n, 2*3000)
 	}
 }
@@ -166,36 +165,24 @@ func writes(stacks string) bool {
 // Fails when the audit log takes the place of a client, or when the kernel may hide flows
 // from it.
 func TestTheAuditLogIsAWatcherButNoClient(t *testing.T) {
-	s, _ := quietShared()
-	if s.watchers.any() {
+	a, _ := quietAuditor()
+	if a.watchers.Any() {
 		t.Error("somebody watches")
 	}
-	if err := s.auditor.open(&config.Config{AuditLog: filepath.Join(t.TempDir(), "audit.log")}); err != nil {
+	if err := a.Open(filepath.Join(t.TempDir(), "audit.log")); err != nil {
 		t.Fatal(err)
 	}
-	s.auditor.use(false)
-	if !s.watchers.any() {
+	a.Use(false)
+	if !a.watchers.Any() {
 		t.Error("nobody watches")
 	}
-	for range mostWatchers {
-		if _, err := s.watchers.add(); err != nil {
+	for range watch.MostClients {
+		if _, err := a.watchers.Add(); err != nil {
 			t.Error(err)
 		}
 	}
-	s.auditor.use(false) // no file was opened: it is turned off
-	if s.watchers.auditor.Load() != nil {
+	a.Use(false) // no file was opened: it is turned off
+	if a.watchers.Auditor.Load() != nil {
 		t.Error("it still watches")
-	}
-}
-
-// Fails when a permission that comes or goes is not logged at debug, or is above.
-func TestGrantsAreLoggedAtDebug(t *testing.T) {
-	s, log := quietShared()
-	s.observe(grantedTo(5060))
-	s.observe(cone.Event{Kind: cone.EventRevoked, Permission: grantedTo(5060).Permission, Reason: cone.ReasonStopped})
-	lines := strings.Split(strings.TrimSpace(log.String()), "\n")
-	if len(lines) != 2 || !strings.Contains(lines[0], "level=DEBUG msg=granted ") || !strings.Contains(lines[0], "ext=198.51.100.1:5060") ||
-		!strings.Contains(lines[1], "level=DEBUG msg=revoked ") || !strings.Contains(lines[1], "reason="+cone.ReasonStopped.String()) {
-		t.Errorf("logged %q", lines)
 	}
 }
