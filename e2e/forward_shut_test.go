@@ -87,6 +87,14 @@ func TestForwardThatTheFirewallDropsLeavesTheExpectation(t *testing.T) {
 		"legacy's NETMAP": {load: loadNetmap(byNetmap(lab.IPTablesLegacy))},
 		"others are open": {loadOneToOne, accepts("ip daddr 10.47.11.109 tcp dport 443 accept", "ip daddr 10.47.11.110 udp dport 5060 accept")},
 		"the map passes":  {loadOneToOne, accepts("ct label 126 accept")},
+		"other ports":     {loadOneToOne, accepts("ip daddr 10.47.11.109 udp dport { 53, 10000-20000 } accept")},
+		"its other ports": {loadNetmap(byNetmap(lab.IPTablesNFT)), accepts("ip daddr 10.47.11.109 udp dport 53 accept", "ip daddr 10.47.11.108 accept")},
+		"other peers":     {loadOneToOne, accepts("ip saddr 192.0.2.0/24 ip daddr 10.47.11.109 accept")},
+		"multiport": {loadOneToOne, func(s *scene) {
+			s.Must(s.IPTables(lab.IPTablesNFT, "*filter\n:FORWARD DROP [0:0]\n-A FORWARD -i lan0 -j ACCEPT\n-A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT\n"+
+				"-A FORWARD -d 10.47.11.109 -p udp -m multiport --dports 53,10000:20000 -j ACCEPT\nCOMMIT\n"))
+			accepts("ip daddr 10.47.11.109 accept")(s)
+		}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -1,6 +1,9 @@
 package cone
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // A Forwarding says where forwards of the user's may lead packets of a permission's peers. A
 // greater one outweighs the others.
@@ -121,7 +124,7 @@ func (m *Model) forwarded(now time.Duration, p *Permission) (why Reason, shut bo
 	switch f := m.forwarding(*p); {
 	case f == ForwardedElsewhere, m.forwardsUnknown && m.seenForwards.has(now, p.extKey()):
 		return ReasonForwarded, false
-	case f == ForwardedHere && m.policy.shut.Holds(p.Int.Addr):
+	case f == ForwardedHere && slices.ContainsFunc(m.policy.Shut, func(s Shut) bool { return s.has(p) }):
 		return ReasonNone, true
 	case f == ForwardedHere:
 		return ReasonForwardedHere, false

@@ -44,9 +44,9 @@ type Policy struct {
 	// group (ExpandBits) gets its own; of a larger group only contacted addresses do.
 	PeerGroups []netip.Prefix
 
-	// Shut are inside prefixes into which the user's firewall lets no flow that forwards of the user's
-	// lead there. An expectation takes nothing from such a forward, and nothing else admits peers.
-	Shut []netip.Prefix
+	// Shut are flows that the user's firewall drops if forwards of the user's lead them to their hosts.
+	// An expectation takes nothing from such a forward, and nothing else admits peers.
+	Shut []Shut
 
 	ExcludePeers     []netip.Prefix // peers that never get a permission
 	ExcludePeerPorts []uint16       // peer ports that never give one
@@ -61,6 +61,19 @@ type Subnet struct {
 	Filtering Filtering
 	Mapping   bool // its mapping is endpoint-independent: our rules choose the ports
 	Choice    Choice
+}
+
+// Shut are flows from peers to ports of inside hosts.
+type Shut struct {
+	Peers, Hosts        netip.Prefix
+	FirstPort, LastPort uint16
+}
+
+// has reports whether the flows of all peers of p to its host are among them.
+func (s *Shut) has(p *Permission) bool {
+	peers := p.Peers()
+	return s.FirstPort <= p.Int.Port && p.Int.Port <= s.LastPort && s.Hosts.Contains(p.Int.Addr.Netip()) &&
+		s.Peers.Bits() <= peers.Bits() && s.Peers.Contains(peers.Addr())
 }
 
 // Filtering says who may send to a mapping (RFC 4787 section 5).
@@ -95,7 +108,6 @@ type policy struct {
 	peerPorts, ports *portSet
 	excluded         *spans // peers
 	groups, subnets  *PrefixTable
-	shut             *PrefixTable
 	forGroups        bool // there may be permissions for more than one peer
 
 	// own are the gateway's addresses, of the families of Self4 and Self6.
@@ -116,7 +128,6 @@ func compilePolicy(p Policy, local map[Addr]struct{}) policy {
 		excluded:  spansOf(p.ExcludePeers),
 		groups:    NewPrefixTable(p.PeerGroups),
 		subnets:   NewPrefixTable(prefixes),
-		shut:      NewPrefixTable(p.Shut),
 		forGroups: len(p.PeerGroups) > 0 || slices.ContainsFunc(p.Subnets, func(s Subnet) bool {
 			return s.Filtering == EndpointIndependent
 		}),

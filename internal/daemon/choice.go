@@ -65,7 +65,7 @@ type decision struct {
 	labelled bool              // the map admits children, and labels them
 	zoned    bool              // the warning is about conntrack zones
 	mapLost  bool              // children of the map are dropped, though expectations carry the subnet
-	shut     []netip.Prefix    // hosts to which the firewall lets no forward of the user's through
+	shut     []cone.Shut       // what the firewall drops of forwards of the user's to its hosts
 	spared   []netip.Prefix    // peer groups whose children pass all the same, as far as is known
 	blocker  userrules.Blocker // of all that its hosts send outside
 	noNAT    bool              // no rule translates what they send
@@ -158,39 +158,32 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 		if d.MostDNATed == userrules.Dropped && v.DNATed != userrules.Dropped && s.Prefix.Addr().Is4() && len(q.inside) > 0 {
 			d.spared = q.only(i).spared(largeGroups(cfg), v.MostDNATed)
 		}
-		d.shut = slices.DeleteFunc(slices.Clone(shut), func(h netip.Prefix) bool { return !s.Prefix.Overlaps(h) })
+		d.shut = slices.DeleteFunc(slices.Clone(shut), func(x cone.Shut) bool { return !s.Prefix.Overlaps(x.Hosts) })
 		d.blocker, d.noNAT = blockers[i], slices.Contains(plain, s.Prefix)
 		all[s.Prefix] = d
 	}
 	return all
 }
 
-// shutTo returns the hosts to which the user forwards ports, and to which the user's
-// firewall lets no such flow through, as it often is with 1:1 NAT. As forwards do, the last answer
-// holds while the rules cannot be read; and while they are the same, since the walk through the chains
-// for each host is long.
-func (f *firewall) shutTo(cfg config.Config, network gateway.Network) []netip.Prefix {
+// shutTo returns what the user's firewall drops of flows that the user forwards to inside hosts, as it
+// often is with 1:1 NAT. As forwards do, the last answer holds while the rules cannot be read; and while
+// they are the same, since the walks through the chains are long.
+func (f *firewall) shutTo(cfg config.Config, network gateway.Network) []cone.Shut {
 	hosts := reachedIn(prefixes(cfg.Subnets), f.reached)
 	if !f.withExpectations() || len(hosts) == 0 {
 		f.shut = nil
 		return nil
 	}
-	var answers []userrules.Answer
 	q, err := f.children(network, hosts)
 	if err != nil || q.same(f.shutAsked) {
 		return f.shut
 	}
+	var shut []cone.Shut
 	if len(q.outside) > 0 {
-		answers, err = q.Forwarded(q.outside, q.inside, hosts)
+		shut, err = q.Shut(q.outside, q.inside, hosts)
 	}
-	if err != nil {
-		return f.shut
-	}
-	f.shut, f.shutAsked = nil, q
-	for i, a := range answers {
-		if a == userrules.Dropped {
-			f.shut = append(f.shut, hosts[i])
-		}
+	if err == nil {
+		f.shut, f.shutAsked = shut, q
 	}
 	return f.shut
 }

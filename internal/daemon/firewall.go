@@ -56,7 +56,7 @@ type firewall struct {
 	lost        []netip.Addr           // of known, when mappings on lost addresses were looked at last
 
 	reached []netip.Prefix // hosts to which the user forwards ports
-	shut    []netip.Prefix // those to which the user's firewall lets none of that through
+	shut    []cone.Shut    // what the user's firewall does not let through to them
 	// shutAsked is the question to which shut is the answer.
 	shutAsked childQuestion
 

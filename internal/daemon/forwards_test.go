@@ -43,16 +43,20 @@ func TestFirewallIsAskedOnceWhatItDropsOfForwards(t *testing.T) {
 	}
 	check(l.Gateway.Do(func() error {
 		host := []netip.Prefix{netip.PrefixFrom(l.Inside(0).Addr, 32)}
+		ports := func(first, last uint16) cone.Shut {
+			return cone.Shut{Peers: netip.MustParsePrefix("0.0.0.0/0"), Hosts: host[0], FirstPort: first, LastPort: last}
+		}
+		closed := []cone.Shut{ports(0, 65535)}
 		f := &firewall{reader: userrules.NewReader(userrules.Config{}), reached: host, helpers: []string{"RAS"}}
 		defer func() { check(f.close()) }()
 		network, err := gateway.ReadNetwork(0, gateway.Sides{Outside: []string{"wan0"}})
 		check(err)
 		cfg := config.Config{Subnets: []config.Subnet{{Prefix: lab.InsideNet}}}
-		shut := func() []netip.Prefix {
+		shut := func() []cone.Shut {
 			f.look()
 			return f.shutTo(cfg, network)
 		}
-		if got := shut(); !slices.Equal(got, host) {
+		if got := shut(); !slices.Equal(got, closed) {
 			t.Errorf("behind a firewall that drops all: %v", got)
 		}
 		f.shut = nil // what nobody would find again
@@ -60,12 +64,12 @@ func TestFirewallIsAskedOnceWhatItDropsOfForwards(t *testing.T) {
 			t.Error("a look at unchanged rules walked through the chains again")
 		}
 		check(l.NFT("add rule inet filter forward tcp dport 80 accept"))
-		if got := shut(); !slices.Equal(got, host) {
+		if got := shut(); !slices.Equal(got, closed) {
 			t.Errorf("after a change for TCP: %v", got)
 		}
 		check(l.NFT("add rule inet filter forward udp dport 5060 accept"))
-		if got := shut(); len(got) > 0 {
-			t.Errorf("once the firewall is open: %v", got)
+		if got, want := shut(), []cone.Shut{ports(0, 5059), ports(5061, 65535)}; !slices.Equal(got, want) {
+			t.Errorf("once a port is open: %v", got)
 		}
 		return nil
 	}))
@@ -73,12 +77,13 @@ func TestFirewallIsAskedOnceWhatItDropsOfForwards(t *testing.T) {
 
 // Fails when a look that cannot read the rules moves permissions.
 func TestFirewallStaysShutWhileRulesCannotBeRead(t *testing.T) {
-	host := []netip.Prefix{netip.MustParsePrefix("10.47.11.109/32")}
-	f := &firewall{reached: host, shut: host, unread: errors.New("interrupted"), helpers: []string{"RAS"}}
+	host := netip.MustParsePrefix("10.47.11.109/32")
+	shut := []cone.Shut{{Peers: netip.MustParsePrefix("0.0.0.0/0"), Hosts: host, LastPort: 65535}}
+	f := &firewall{reached: []netip.Prefix{host}, shut: shut, unread: errors.New("interrupted"), helpers: []string{"RAS"}}
 	cfg := config.Config{Subnets: []config.Subnet{{Prefix: netip.MustParsePrefix("10.47.11.0/24")}}}
 	network := gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: gateway.IPv4}}}
-	if got := f.decide(cfg, network)[cfg.Subnets[0].Prefix].shut; !slices.Equal(got, host) {
-		t.Errorf("%v, want %v", got, host)
+	if got := f.decide(cfg, network)[cfg.Subnets[0].Prefix].shut; !slices.Equal(got, shut) {
+		t.Errorf("%v, want %v", got, shut)
 	}
 }
 

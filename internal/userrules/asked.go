@@ -56,7 +56,7 @@ func askedBy(r *rule, e *expr.Lookup, s *set, packets []*knownPacket) lookup {
 	for _, p := range packets {
 		fields := p.fields.get(e.SourceRegister, s.size)
 		if slices.ContainsFunc(fields, field.isAsked) || !s.named && slices.ContainsFunc(fields, field.isSource) {
-			l.asks |= forDestinations | forHelpers
+			l.asks |= forDestinations | forVerdicts | forHelpers
 		}
 		hosts := slices.ContainsFunc(fields, field.isSource)
 		l.sources = l.sources || s.fixed() && hosts

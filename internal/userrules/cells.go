@@ -20,8 +20,9 @@ type cell struct {
 
 // An origin is the source of an unknown value.
 type origin struct {
-	even  bool                        // all values are equally likely: addresses, ports
-	other func(low, high []byte) bool // reports whether no packet has a value from low to high
+	even   bool                        // all values are equally likely: addresses, ports
+	other  func(low, high []byte) bool // reports whether no packet has a value from low to high
+	unsure bool                        // a test of it may match or not
 }
 
 // unknownBytes returns n unknown bytes.
@@ -94,10 +95,21 @@ func equals(cells []cell, b []byte) chance {
 		return always
 	case impossible(cells, b, b):
 		return never
-	case !even:
+	}
+	noteUnsure(cells)
+	if !even {
 		return maybe
 	}
 	return portion(math.Ldexp(1, -unknown))
+}
+
+// noteUnsure notes that a test depends on values of which not all is known.
+func noteUnsure(cells []cell) {
+	for _, c := range cells {
+		if c.known != 0xff && c.origin != nil {
+			c.unsure = true
+		}
+	}
 }
 
 // impossible reports whether the origin of the cells excludes all values from low to high.
@@ -139,7 +151,9 @@ func within(cells []cell, low, high []byte) (chance, float64) {
 		return never, 0
 	case impossible(cells, low, high):
 		return never, 0
-	case !even:
+	}
+	noteUnsure(cells)
+	if !even {
 		return maybe, 0
 	}
 	if bytes.Compare(low, least) < 0 {

@@ -32,29 +32,16 @@ func (rs *Ruleset) Children(outside, inside []Link, subnets []netip.Prefix) ([]C
 // ChildrenOf answers as Children does, for flows of the peers in one prefix. The prefix is
 // invalid for any peer, otherwise of the family of the subnets.
 func (rs *Ruleset) ChildrenOf(peers netip.Prefix, outside, inside []Link, subnets []netip.Prefix) ([]ChildVerdicts, error) {
-	return rs.ask(childQuery{peers: peers, outside: outside, subnets: subnets}, inside)
-}
-
-// ask answers the query, of which chains, sources and the links inside are still missing.
-func (rs *Ruleset) ask(q childQuery, inside []Link) ([]ChildVerdicts, error) {
-	chains, err := rs.path(q.subnets)
-	if err != nil {
+	q := childQuery{peers: peers, outside: outside, subnets: subnets}
+	if err := rs.prepare(&q, inside); err != nil {
 		return nil, err
 	}
-	q.chains, q.inside = chains, make([]*Link, len(q.subnets))
-	if slices.ContainsFunc(chains, func(b baseChain) bool { return b.hook == unix.NF_INET_PRE_ROUTING }) && !rs.SourcesMayBeHidden() {
-		q.sources, q.exempt = rs.sourceNAT()
-	}
-	for i := range inside {
-		if l := &inside[i]; l.Name != "" && !slices.ContainsFunc(q.outside, func(o Link) bool { return o.Index == l.Index }) {
-			q.inside[i] = l
+	answers := make([]ChildVerdicts, len(subnets))
+	for i, s := range subnets {
+		var err error
+		if answers[i], err = q.answer(i); err != nil {
+			return nil, err
 		}
-	}
-	answers, err := q.answer()
-	if err != nil {
-		return nil, err
-	}
-	for i, s := range q.subnets {
 		if rs.mayDropAll(s) {
 			answers[i].mayDropAll()
 		}
@@ -62,14 +49,21 @@ func (rs *Ruleset) ask(q childQuery, inside []Link) ([]ChildVerdicts, error) {
 	return answers, nil
 }
 
-// Forwarded says what these chains do with the first packet of a flow that a forward of the user's
-// leads to a host of each of the subnets. Links, order and errors are as for Children.
-func (rs *Ruleset) Forwarded(outside, inside []Link, subnets []netip.Prefix) (all []Answer, err error) {
-	answers, err := rs.ask(childQuery{outside: outside, subnets: subnets, forwarded: true}, inside)
-	for _, a := range answers {
-		all = append(all, a.DNATed)
+// prepare completes the query, of which chains, sources and the links inside are still missing.
+func (rs *Ruleset) prepare(q *childQuery, inside []Link) (err error) {
+	if q.chains, err = rs.path(q.subnets); err != nil {
+		return err
 	}
-	return all, err
+	q.inside = make([]*Link, len(q.subnets))
+	if slices.ContainsFunc(q.chains, func(b baseChain) bool { return b.hook == unix.NF_INET_PRE_ROUTING }) && !rs.SourcesMayBeHidden() {
+		q.sources, q.exempt = rs.sourceNAT()
+	}
+	for i := range inside {
+		if l := &inside[i]; l.Name != "" && !slices.ContainsFunc(q.outside, func(o Link) bool { return o.Index == l.Index }) {
+			q.inside[i] = l
+		}
+	}
+	return nil
 }
 
 // Stranger says what the chains of the prerouting and forward hooks do with the first packet of a flow from one
@@ -173,38 +167,31 @@ type childQuery struct {
 	outside []Link
 	inside  []*Link // the links that lead to subnets, nil for an unknown one
 	subnets []netip.Prefix
-	// forwarded asks about flows of the user's forwards, which are no children but DNATed as
-	// well, and about nothing else.
-	forwarded bool
 	// What rules do to sources, as Ruleset.sourceNAT returns it.
 	sources, exempt []SourceNAT
 }
 
-// answer answers for each of the subnets.
-func (q *childQuery) answer() ([]ChildVerdicts, error) {
-	answers := make([]ChildVerdicts, len(q.subnets))
-	for i := range q.subnets {
-		for n, in := range linksOrAny(q.outside) {
-			v, err := q.verdicts(in, i)
-			if err != nil {
-				return nil, err
-			}
-			if a := &answers[i]; n == 0 {
-				*a = v
-			} else {
-				a.DNATed, a.Related = both(a.DNATed, v.DNATed), both(a.Related, v.Related)
-				a.MostDNATed, a.MostRelated = both(a.MostDNATed, v.MostDNATed), both(a.MostRelated, v.MostRelated)
-			}
+// answer answers for one of the subnets.
+func (q *childQuery) answer(subnet int) (a ChildVerdicts, err error) {
+	for n, in := range linksOrAny(q.outside) {
+		v, err := q.verdicts(in, subnet)
+		if err != nil {
+			return a, err
 		}
-		a := &answers[i]
-		if a.MostDNATed != Dropped {
-			a.DNATedBy = Dropper{}
-		}
-		if a.MostRelated != Dropped {
-			a.RelatedBy = Dropper{}
+		if n == 0 {
+			a = v
+		} else {
+			a.DNATed, a.Related = both(a.DNATed, v.DNATed), both(a.Related, v.Related)
+			a.MostDNATed, a.MostRelated = both(a.MostDNATed, v.MostDNATed), both(a.MostRelated, v.MostRelated)
 		}
 	}
-	return answers, nil
+	if a.MostDNATed != Dropped {
+		a.DNATedBy = Dropper{}
+	}
+	if a.MostRelated != Dropped {
+		a.RelatedBy = Dropper{}
+	}
+	return a, nil
 }
 
 // verdicts answers for both kinds of children that come by a link to a subnet.
@@ -216,12 +203,8 @@ func (q *childQuery) verdicts(in *Link, subnet int) (v ChildVerdicts, err error)
 		all, most *Answer
 		by        *Dropper
 	}{{true, &v.Related, &v.MostRelated, &v.RelatedBy}, {false, &v.DNATed, &v.MostDNATed, &v.DNATedBy}} {
-		if q.forwarded && kind.related {
-			continue
-		}
 		packets := func() stages {
 			c := newChild(kind.related, in, q.inside[subnet], q.outside, to, q.subnets)
-			c.labelled = c.labelled && !q.forwarded
 			if q.peers.IsValid() {
 				copy(c.source(), inPrefix(q.peers))
 			}

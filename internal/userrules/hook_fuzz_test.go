@@ -243,6 +243,43 @@ func holds(t *testing.T, seed uint64, b []byte) {
 			fate(t, table, all, true)
 		}
 	}
+	shutHolds(t, r, table)
+}
+
+// shutHolds checks that what is said to be shut is dropped, flow by flow.
+func shutHolds(t *testing.T, r *rand.Rand, table *table) {
+	q := childQuery{
+		chains: []baseChain{{table, base{name: "base", hook: unix.NF_INET_FORWARD}}}, inside: []*Link{nil},
+		outside: madeOutside[:1], subnets: []netip.Prefix{madeSubnet},
+	}
+	all, err := q.shut()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range all {
+		c := newChild(false, &madeOutside[0], nil, madeOutside, s.Hosts, q.subnets)
+		c.labelled = false
+		if s.Peers.Bits() > 0 {
+			copy(c.source(), inPrefix(s.Peers))
+		}
+		for range 8 {
+			one := c.one(r)
+			copy(one.transport[2:], knownBytes(binary.BigEndian.AppendUint16(nil, s.FirstPort+uint16(r.UintN(1+uint(s.LastPort-s.FirstPort))))))
+			if s.Peers.Bits() > 0 && !s.Peers.Contains(netip.AddrFrom4([4]byte(bytesOf(one.source())))) {
+				continue // one chose another peer
+			}
+			if got := fate(t, table, one, false); got != drops {
+				t.Fatalf("%+v is not shut to %v: %b", s, bytesOf(one.transport), got)
+			}
+		}
+	}
+}
+
+func bytesOf(cells []cell) (b []byte) {
+	for _, c := range cells {
+		b = append(b, c.val)
+	}
+	return b
 }
 
 func fate(t *testing.T, table *table, c *child, most bool) fates {
@@ -294,8 +331,8 @@ func TestErrorsNameTableAndChain(t *testing.T) {
 	table.sets["x"] = &set{failed: errors.New("no such set")}
 	for name, want := range map[string]string{"forward": "table inet filter: chain bad: ", "sets": "table inet filter: chain sets: no such set"} {
 		q := childQuery{chains: []baseChain{{table, base{name: name, hook: unix.NF_INET_FORWARD}}}, inside: []*Link{nil}, subnets: []netip.Prefix{madeSubnet}}
-		got, err := q.answer()
-		if err == nil || !strings.Contains(err.Error(), want) || got != nil {
+		got, err := q.answer(0)
+		if err == nil || !strings.Contains(err.Error(), want) || got != (ChildVerdicts{}) {
 			t.Errorf("%v, %v", got, err)
 		}
 	}

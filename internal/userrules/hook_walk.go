@@ -248,6 +248,9 @@ func (w *hookWalk) lookup(regs *cells, e *expr.Lookup) (fates, chance, error) {
 		regs.put(e.DestRegister, set.value(key))
 	}
 	if !set.tells(key) {
+		if set.loaded && !set.changing { // it does of a part of the packets
+			noteUnsure(key)
+		}
 		c := maybe
 		if slices.ContainsFunc(key, func(c cell) bool { return c.origin != nil && c.even && c.known == 0 }) {
 			c, w.listed = rarely, true

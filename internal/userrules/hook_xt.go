@@ -153,8 +153,7 @@ func xtPorts(port []cell, ports [2]uint16) chance {
 	return in
 }
 
-// xtMultiport returns the chance that a match for several ports matches. Where a port is unknown, the
-// ports that it names are few.
+// xtMultiport returns the chance that a match for several ports matches.
 func (c *child) xtMultiport(rev uint32, info []byte) chance {
 	if len(info) < multiportSize {
 		return maybe
@@ -164,7 +163,7 @@ func (c *child) xtMultiport(rev uint32, info []byte) chance {
 	for i, port := range [][]cell{c.sourcePort(), c.destinationPort()} {
 		switch {
 		case info[0] == multiportDestination && i == 0, info[0] == multiportSource && i == 1:
-		case !ok || port[0].known&port[1].known != 0xff:
+		case !ok:
 			match = max(match, rarely)
 		default:
 			for _, s := range spans {
