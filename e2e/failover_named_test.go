@@ -128,6 +128,8 @@ func TestNFTFlowStaysWhereARuleNamesItsAddress(t *testing.T) {
 		next bool // the phone's next flow gets the address, too
 	}{
 		"for its host":        {"ip saddr 10.47.11.109 snat to 198.51.100.1", 1, lab.PeerA, 7000, true},
+		"by a map":            {"snat to ip saddr map { 10.47.11.109 : 198.51.100.1 }", 1, lab.PeerA, 7000, true},
+		"by a prefix map":     {"snat ip prefix to ip saddr map { 10.47.11.109/32 : 198.51.100.1/32 }", 1, lab.PeerA, 7000, true},
 		"for its destination": {"ip daddr 203.0.113.5 snat to 198.51.100.1", 0, lab.PeerB, 5060, false},
 		"but not to some":     {"ip daddr != 203.0.113.6 snat to 198.51.100.1", 0, lab.PeerB, 5060, false},
 		"for its port":        {"udp dport 5060 snat to 198.51.100.1", 0, lab.PeerA, 7000, false},

@@ -70,7 +70,7 @@ func TestPermissionStandsAtOnceWhenTheFirewallCloses(t *testing.T) {
 	d := newDesk(t, nil)
 	d.m.SetForwards(0, forwardsPort(5060, ep(in)), true)
 	closed := testPolicy
-	closed.Shut = []Shut{{Peers: netip.MustParsePrefix("203.0.113.0/24"), Hosts: netip.MustParsePrefix("10.47.11.108/30"), FirstPort: 5060, LastPort: 5061}}
+	closed.Shut = []Shut{{Peers: netip.MustParsePrefix("203.0.113.0/24"), Hosts: netip.MustParsePrefix("10.47.11.108/30"), Ports: PortRange{5060, 5061}}}
 	d.m.SetPolicy(0, closed)
 	f := d.open(1, in, "203.0.113.5:9")
 	d.carry()

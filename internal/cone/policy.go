@@ -65,14 +65,14 @@ type Subnet struct {
 
 // Shut are flows from peers to ports of inside hosts.
 type Shut struct {
-	Peers, Hosts        netip.Prefix
-	FirstPort, LastPort uint16
+	Peers, Hosts netip.Prefix
+	Ports        PortRange
 }
 
 // has reports whether the flows of all peers of p to its host are among them.
 func (s *Shut) has(p *Permission) bool {
 	peers := p.Peers()
-	return s.FirstPort <= p.Int.Port && p.Int.Port <= s.LastPort && s.Hosts.Contains(p.Int.Addr.Netip()) &&
+	return s.Ports.Has(p.Int.Port) && s.Hosts.Contains(p.Int.Addr.Netip()) &&
 		s.Peers.Bits() <= peers.Bits() && s.Peers.Contains(peers.Addr())
 }
 

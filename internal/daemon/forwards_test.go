@@ -44,7 +44,7 @@ func TestFirewallIsAskedOnceWhatItDropsOfForwards(t *testing.T) {
 	check(l.Gateway.Do(func() error {
 		host := []netip.Prefix{netip.PrefixFrom(l.Inside(0).Addr, 32)}
 		ports := func(first, last uint16) cone.Shut {
-			return cone.Shut{Peers: netip.MustParsePrefix("0.0.0.0/0"), Hosts: host[0], FirstPort: first, LastPort: last}
+			return cone.Shut{Peers: netip.MustParsePrefix("0.0.0.0/0"), Hosts: host[0], Ports: cone.PortRange{First: first, Last: last}}
 		}
 		closed := []cone.Shut{ports(0, 65535)}
 		f := &firewall{reader: userrules.NewReader(userrules.Config{}), reached: host, helpers: []string{"RAS"}}
@@ -78,7 +78,7 @@ func TestFirewallIsAskedOnceWhatItDropsOfForwards(t *testing.T) {
 // Fails when a look that cannot read the rules moves permissions.
 func TestFirewallStaysShutWhileRulesCannotBeRead(t *testing.T) {
 	host := netip.MustParsePrefix("10.47.11.109/32")
-	shut := []cone.Shut{{Peers: netip.MustParsePrefix("0.0.0.0/0"), Hosts: host, LastPort: 65535}}
+	shut := []cone.Shut{{Peers: netip.MustParsePrefix("0.0.0.0/0"), Hosts: host, Ports: cone.PortRange{Last: 65535}}}
 	f := &firewall{reached: []netip.Prefix{host}, shut: shut, unread: errors.New("interrupted"), helpers: []string{"RAS"}}
 	cfg := config.Config{Subnets: []config.Subnet{{Prefix: netip.MustParsePrefix("10.47.11.0/24")}}}
 	network := gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: gateway.IPv4}}}

@@ -50,6 +50,8 @@ func askedBy(r *rule, e *expr.Lookup, s *set, packets []*knownPacket) lookup {
 		l.asks = anyPurpose
 		return l
 	}
+	translates := func(s statement) bool { return s.translatesSource() }
+	l.values = e.IsDestRegSet && !s.changing && slices.ContainsFunc(r.statements, translates)
 	if !s.named {
 		l.asks = forSources | forVerdicts | forHelpers
 	}

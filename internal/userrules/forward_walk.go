@@ -182,7 +182,7 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 	var regs registers
 	for _, s := range r.statements {
 		if w.sources != nil && s.translatesSource() {
-			w.sources(r, r.sourceNAT(), conds)
+			w.sources(r, w.table.sourceNAT(r), conds)
 			return
 		}
 		if w.first != nil {

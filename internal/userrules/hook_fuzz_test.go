@@ -267,7 +267,7 @@ func shutHolds(t *testing.T, r *rand.Rand, table *table) {
 		}
 		for range 8 {
 			one := c.one(r)
-			copy(one.transport[2:], knownBytes(binary.BigEndian.AppendUint16(nil, s.FirstPort+uint16(r.UintN(1+uint(s.LastPort-s.FirstPort))))))
+			copy(one.transport[2:], knownBytes(binary.BigEndian.AppendUint16(nil, s.Ports.First+uint16(r.UintN(1+uint(s.Ports.Last-s.Ports.First))))))
 			if s.Peers.Bits() > 0 && !s.Peers.Contains(netip.AddrFrom4([4]byte(bytesOf(one.source())))) {
 				continue // one chose another peer
 			}

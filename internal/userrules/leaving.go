@@ -55,7 +55,7 @@ func (rs *Ruleset) SourcesOf(p Leaving) (n Sources, known bool) {
 		}
 		w := hookWalk{table: c.table, child: packet, known: map[string]fates{}}
 		w.translator = func(r *rule) {
-			one := r.sourceNAT()
+			one := c.table.sourceNAT(r)
 			n.Addrs = append(n.Addrs, one.Addrs...)
 			n.Masquerade, known = n.Masquerade || one.Masquerade, known && !one.Unknown
 		}

@@ -35,7 +35,8 @@ func TestSourceOfAPacket(t *testing.T) {
 		"perhaps in an earlier chain": {nat(chain("90", `meta mark 7 snat to 198.51.100.9`) + chain("srcnat", `masquerade`)), "198.51.100.9 or masquerade"},
 		"IPsec is exempt":             {nat(chain("srcnat", `rt ipsec exists accept; masquerade`)), perhaps},
 		"dropped":                     {nat(chain("srcnat", `udp dport 5060 drop; masquerade`)), unsure},
-		"by a map":                    {nat(chain("srcnat", `snat to ip saddr map { 10.47.11.109 : 198.51.100.1 }`)), unsure},
+		"by a map":                    {nat(chain("srcnat", `snat to ip saddr map { 10.47.11.109 : 198.51.100.1 }`)), "198.51.100.1"},
+		"by a map of the time":        {nat("map m { type ipv4_addr : ipv4_addr; flags timeout; elements = { 10.47.11.109 : 198.51.100.1 }; }; " + chain("srcnat", `snat to ip saddr map @m`)), unsure},
 		"an earlier chain":            {nat(chain("90", `snat to 198.51.100.9`) + chain("srcnat", `masquerade`)), "198.51.100.9"},
 		"exempt in one chain":         {nat(chain("90", `accept`) + chain("srcnat", `masquerade`)), masquerade},
 		"two chains, one hook":        {nat(chain("srcnat", `snat to 198.51.100.9`) + chain("srcnat", `masquerade`)), "198.51.100.9 or masquerade"},
@@ -56,6 +57,7 @@ func TestSourceOfAPacket(t *testing.T) {
 		"of both":         {"table inet nat { " + chain("srcnat", `masquerade`) + " }", masquerade},
 		"a fixed address": {"table ip6 nat { " + chain("srcnat", `ip6 saddr 2001:db8:47::/64 snat to 2001:db8:1::9`) + " }", "2001:db8:1::9"},
 		"the peer's port": {"table ip6 nat { " + chain("srcnat", `udp dport 5061 masquerade`) + " }", asIs},
+		"by a map":        {"table ip6 nat { " + chain("srcnat", `snat to ip6 saddr map { 2001:db8:47::109 : 2001:db8:1::9 }`) + " }", "2001:db8:1::9"},
 		"exempt":          {"table ip6 nat { " + chain("srcnat", `ip6 daddr 2001:db8:5::/48 accept; masquerade`) + " }", asIs},
 	} {
 		t.Run("IPv6, "+name, func(t *testing.T) {

@@ -109,7 +109,8 @@ func (w *reading) follow(name string, why purposes) {
 		s := w.set(l.set, false)
 		if asks := l.asks & why; asks&forDestinations != 0 || asks != 0 && !s.changing {
 			s = w.load(l.set)
-		} else if l.sources && why&forDestinations != 0 || l.spares && why&(forDestinations|forHelpers) != 0 {
+		} else if l.sources && why&forDestinations != 0 || l.spares && why&(forDestinations|forHelpers) != 0 ||
+			l.values && why&forSources != 0 {
 			w.loadFew(l.set)
 		}
 		if l.verdicts {
@@ -267,6 +268,7 @@ type lookup struct {
 	asks     purposes // the purposes for which the elements matter
 	sources  bool     // the elements say whom a forward is for, if they are few
 	spares   bool     // the elements, if they are few, keep hosts from a rule that takes packets
+	values   bool     // the elements, if they are few, say to what a rule translates sources
 }
 
 // references returns the lookups of rules, and the chains that they jump to.

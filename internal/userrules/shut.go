@@ -29,7 +29,7 @@ func (q *childQuery) shut() (all []cone.Shut, err error) {
 	parts := make([]shutPart, len(q.subnets))
 	for i, h := range q.subnets {
 		anybody := netip.PrefixFrom(h.Addr(), 0).Masked()
-		parts[i] = shutPart{cone.Shut{Peers: anybody, Hosts: h.Masked(), LastPort: 0xffff}, i}
+		parts[i] = shutPart{cone.Shut{Peers: anybody, Hosts: h.Masked(), Ports: cone.PortRange{Last: 0xffff}}, i}
 	}
 	for left := len(parts) + mostShutSteps/(1+q.size()); len(parts) > 0 && left > 0; left-- {
 		p := parts[0]
@@ -85,8 +85,8 @@ func (q *childQuery) forwarded(p shutPart) (a Answer, halves []shutPart, err err
 		outside, own := outsideAddr(q.sources, q.exempt, in, p.Hosts)
 		s := stagesOf(c, outside, own)
 		port := unknownBytes(2, &origin{even: true})
-		for i, b := range binary.BigEndian.AppendUint16(nil, p.FirstPort) {
-			port[i].val, port[i].known = b, ^byte((p.LastPort-p.FirstPort)>>(8*(1-i)))
+		for i, b := range binary.BigEndian.AppendUint16(nil, p.Ports.First) {
+			port[i].val, port[i].known = b, ^byte((p.Ports.Last-p.Ports.First)>>(8*(1-i)))
 		}
 		for _, c := range []*child{s.routing, s.forwarded} { // before NAT it may be another one
 			c.transport = slices.Concat(c.transport[:2], port)
@@ -104,8 +104,8 @@ func (q *childQuery) forwarded(p shutPart) (a Answer, halves []shutPart, err err
 	low, high := p, p
 	switch {
 	case ports:
-		low.LastPort = p.FirstPort + (p.LastPort-p.FirstPort)/2
-		high.FirstPort = low.LastPort + 1
+		low.Ports.Last = p.Ports.First + (p.Ports.Last-p.Ports.First)/2
+		high.Ports.First = low.Ports.Last + 1
 	case hosts:
 		low.Hosts, high.Hosts = halved(p.Hosts)
 	case peers:
@@ -127,12 +127,12 @@ func halved(p netip.Prefix) (low, high netip.Prefix) {
 // joinedShut sorts flows, and joins those to adjacent ports.
 func joinedShut(all []cone.Shut) (joined []cone.Shut) {
 	slices.SortFunc(all, func(a, b cone.Shut) int {
-		return cmp.Or(a.Hosts.Compare(b.Hosts), a.Peers.Compare(b.Peers), cmp.Compare(a.FirstPort, b.FirstPort))
+		return cmp.Or(a.Hosts.Compare(b.Hosts), a.Peers.Compare(b.Peers), cmp.Compare(a.Ports.First, b.Ports.First))
 	})
 	for _, s := range all {
 		if n := len(joined); n > 0 {
-			if l := &joined[n-1]; l.Hosts == s.Hosts && l.Peers == s.Peers && int(l.LastPort)+1 == int(s.FirstPort) {
-				l.LastPort = s.LastPort
+			if l := &joined[n-1]; l.Hosts == s.Hosts && l.Peers == s.Peers && int(l.Ports.Last)+1 == int(s.Ports.First) {
+				l.Ports.Last = s.Ports.Last
 				continue
 			}
 		}

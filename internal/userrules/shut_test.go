@@ -85,7 +85,7 @@ func shutOf(t testing.TB, l *lab.Lab, hosts string) string {
 		if s.Peers.Bits() == 0 {
 			peers = "any"
 		}
-		texts[i] = strings.Replace(fmt.Sprintf("%s %v %d-%d", peers, s.Hosts, s.FirstPort, s.LastPort), "/32 ", " ", 1)
+		texts[i] = strings.Replace(fmt.Sprintf("%s %v %d-%d", peers, s.Hosts, s.Ports.First, s.Ports.Last), "/32 ", " ", 1)
 	}
 	return strings.Join(texts, ", ")
 }

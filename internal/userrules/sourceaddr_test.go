@@ -62,22 +62,33 @@ func TestMayGiveAddr(t *testing.T) {
 		"masquerade":              "[1]",
 		"snat to 198.51.100.9":    "[9]",
 		"snat to 198.51.100.8/31": "[8 9]",
-		"ip saddr 10.47.11.9 snat to 198.51.100.9; masquerade":                  "[9]",
-		"oifname \"wan0\" ip saddr 10.47.11.9 snat to 198.51.100.9; masquerade": "[9]",
-		"ip saddr 10.47.11.8 snat to 198.51.100.9; masquerade":                  "[1]",
-		"ip saddr 10.47.11.8 masquerade":                                        "[]",
-		"udp dport 53 snat to 198.51.100.9; masquerade":                         "[1 9]",
-		"meta mark 7 snat to 198.51.100.9; masquerade":                          "[1 9]",
-		"ip daddr 203.0.113.0/24 snat to 198.51.100.9; masquerade":              "[1 9]",
-		"snat to ip saddr map { 10.47.11.9 : 198.51.100.9 }":                    "[1 8 9]", // not read
-		"oifname \"wan1\" snat to 198.51.100.9":                                 "[1 8 9]", // wan0 may have that name there
-		"oifname \"wan1\" snat to 198.51.100.9; masquerade":                     "[1]",
-		"meta l4proto tcp snat to 198.51.100.9; masquerade":                     "[1]",
+		"ip saddr 10.47.11.9 snat to 198.51.100.9; masquerade":                       "[9]",
+		"oifname \"wan0\" ip saddr 10.47.11.9 snat to 198.51.100.9; masquerade":      "[9]",
+		"ip saddr 10.47.11.8 snat to 198.51.100.9; masquerade":                       "[1]",
+		"ip saddr 10.47.11.8 masquerade":                                             "[]",
+		"udp dport 53 snat to 198.51.100.9; masquerade":                              "[1 9]",
+		"meta mark 7 snat to 198.51.100.9; masquerade":                               "[1 9]",
+		"ip daddr 203.0.113.0/24 snat to 198.51.100.9; masquerade":                   "[1 9]",
+		"snat to ip saddr map { 10.47.11.9 : 198.51.100.9 }":                         "[9]",
+		"snat to ip saddr map { 10.47.11.8 : 198.51.100.9 }; masquerade":             "[1]",
+		"snat to ip saddr map @hosts":                                                "[8 9]",
+		"snat to ip saddr map @hosts_of_the_time":                                    "[1 8 9]",
+		"snat to ip saddr map { 10.47.11.0/24 : 198.51.100.8-198.51.100.11 }":        "[8 9]",
+		"meta l4proto udp snat to ip saddr map { 10.47.11.9 : 198.51.100.9 . 5060 }": "[9]",
+		"snat ip prefix to ip saddr map { 10.47.11.8/31 : 198.51.100.8/31 }":         "[8 9]",
+		"snat to numgen inc mod 2 map { 0 : 198.51.100.8, 1 : 198.51.100.9 }":        "[8 9]",
+		"oifname \"wan1\" snat to 198.51.100.9":                                      "[1 8 9]", // wan0 may have that name there
+		"oifname \"wan1\" snat to 198.51.100.9; masquerade":                          "[1]",
+		"meta l4proto tcp snat to 198.51.100.9; masquerade":                          "[1]",
 	} {
 		t.Run(rules, func(t *testing.T) {
 			t.Parallel()
 			l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
-			check(t, l.NFT("table ip nat { chain post { type nat hook postrouting priority srcnat; "+rules+"; }; }"))
+			check(t, l.NFT(`table ip nat {
+				map hosts { type ipv4_addr : ipv4_addr; elements = { 10.47.11.8 : 198.51.100.8, 10.47.11.9 : 198.51.100.9 }; }
+				map hosts_of_the_time { type ipv4_addr : ipv4_addr; flags timeout; elements = { 10.47.11.9 : 198.51.100.9 }; }
+				chain post { type nat hook postrouting priority srcnat; `+rules+`; }
+			}`))
 			all := ruleset(t, l).SourceNAT()
 			var got []byte
 			for _, last := range []byte{1, 8, 9} {

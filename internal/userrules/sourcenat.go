@@ -31,8 +31,8 @@ type SourceNAT struct {
 	Sources cone.AddrRanges
 	// Partial says that the rule may not translate all packets that match.
 	Partial bool
-	// Unknown says that there may be other addresses: from a map, or from something that is
-	// not understood.
+	// Unknown says that there may be other addresses: from a map that packets change, or that was not
+	// read, or from something that is not understood.
 	Unknown bool
 	// asks says that other properties of the packets, for example a mark or their
 	// destination, decide whether the rule translates them.
@@ -122,7 +122,7 @@ func (rs *Ruleset) FixedSources() (addrs cone.AddrRanges, unknown bool) {
 		t.each(func(name string, c *chain) {
 			unknown = unknown || c.failed != nil || c.odd != ""
 			for i := range c.rules {
-				n := c.rules[i].sourceNAT()
+				n := t.sourceNAT(&c.rules[i])
 				addrs, unknown = append(addrs, n.Addrs...), unknown || n.Unknown
 			}
 		})
@@ -193,21 +193,25 @@ const (
 )
 
 // sourceNAT returns to what a rule translates sources, if it does.
-func (r *rule) sourceNAT() (n SourceNAT) {
+func (t *table) sourceNAT(r *rule) (n SourceNAT) {
 	loaded := make(map[uint32][]byte) // constants, by register
+	found := make(map[uint32]*set)    // maps whose values are in registers
 	for _, s := range r.statements {
 		switch e := s.expr.(type) {
 		case *expr.Immediate:
 			loaded[e.Register] = e.Data
 		case *expr.Lookup:
 			delete(loaded, e.DestRegister)
+			if e.IsDestRegSet {
+				found[e.DestRegister] = t.sets[e.SetName]
+			}
 		case *expr.Numgen:
 			delete(loaded, e.Register)
 		case *expr.Hash:
 			delete(loaded, e.DestRegister)
 		case *expr.NAT:
 			if s.translatesSource() {
-				n.nat(e, loaded)
+				n.nat(e, loaded, found)
 			}
 		case *expr.Masq:
 			n.Masquerade = true
@@ -223,11 +227,15 @@ func (r *rule) sourceNAT() (n SourceNAT) {
 	return n
 }
 
-// nat adds a statement that translates to an address, with the constants in the registers.
-func (n *SourceNAT) nat(e *expr.NAT, loaded map[uint32][]byte) {
+// nat adds a statement that translates to an address, with the constants and the maps of the registers.
+func (n *SourceNAT) nat(e *expr.NAT, loaded map[uint32][]byte, found map[uint32]*set) {
 	n.chooses(e.RegProtoMin, e.RegProtoMax, loaded)
 	n.Random = n.Random || e.Random || e.FullyRandom
 	if e.RegAddrMin == 0 {
+		return
+	}
+	if s := found[e.RegAddrMin]; s != nil {
+		n.fromMap(e, s)
 		return
 	}
 	first, ok := netip.AddrFromSlice(loaded[e.RegAddrMin])
@@ -242,6 +250,26 @@ func (n *SourceNAT) nat(e *expr.NAT, loaded map[uint32][]byte) {
 	n.Addrs = append(n.Addrs, cone.AddrRange{First: first, Last: last})
 }
 
+// fromMap adds the addresses, ranges or prefixes of all values of a map.
+func (n *SourceNAT) fromMap(e *expr.NAT, s *set) {
+	size, last := 4, 0
+	if e.Family == unix.NFPROTO_IPV6 {
+		size = 16
+	}
+	if e.RegAddrMax != 0 {
+		last = 4 * (word(e.RegAddrMax) - word(e.RegAddrMin))
+	}
+	n.Unknown = n.Unknown || s.failed != nil || !s.loaded || s.changing
+	for _, el := range s.elements {
+		if last < 0 || len(el.value) < last+size {
+			n.Unknown = true
+			return
+		}
+		n.Addrs = append(n.Addrs, addrRange(el.value[:size], el.value[last:last+size]))
+	}
+	n.Addrs = n.Addrs.Merged()
+}
+
 // fixedTargets are the iptables targets with fixed addresses. Rules of nftables may have
 // them, too.
 var fixedTargets = []string{"SNAT", "NETMAP", "SAME"}
@@ -250,6 +278,10 @@ var fixedTargets = []string{"SNAT", "NETMAP", "SAME"}
 func (n *SourceNAT) target(e *expr.Target) {
 	fixed, named := slices.Contains(fixedTargets, e.Name), e.Name == "SNAT" || e.Name == "MASQUERADE"
 	n.Masquerade = n.Masquerade || e.Name == "MASQUERADE"
+	if to := xtPrefix(e.Info); e.Name == "NETMAP" && to.IsValid() {
+		n.Addrs = append(n.Addrs, cone.RangeOf(to))
+		return
+	}
 	ranges, ok := e.Info.(*xt.NatIPv4MultiRangeCompat)
 	if !ok {
 		n.ChoosesPort, n.Unknown = n.ChoosesPort || named, n.Unknown || fixed

@@ -55,7 +55,7 @@ func TestSourceNATOfIPTables(t *testing.T) {
 				[]string{"fw"},
 				"[198.51.100.1-198.51.100.1] false",
 			},
-			"netmap":          {"-A POSTROUTING -s 10.47.11.0/24 -j NETMAP --to 198.51.100.0/24", nil, "[] true"},
+			"netmap":          {"-A POSTROUTING -s 10.47.11.0/24 -j NETMAP --to 198.51.100.0/24", nil, "[198.51.100.0-198.51.100.255] false"},
 			"of destinations": {"-A PREROUTING -p udp --dport 5060 -j DNAT --to-destination 10.47.11.109:1000-2000", nil, "[] false"},
 		} {
 			t.Run(variant+"/"+name, func(t *testing.T) {
