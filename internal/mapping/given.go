@@ -119,7 +119,7 @@ func (m *Mapper) leave() error {
 	errs := []error{
 		m.Kernel.Leave(slices.Collect(maps.Keys(m.formers))),
 		m.Kernel.Regain(func(f elements.Former) bool { return m.Given.mayBy(f.Host, f.Addr) }),
-		m.Kernel.Revoke(m.strays),
+		m.Kernel.RevokeLost(m.strays),
 		m.Kernel.Taught(func(link string, host, addr cone.Addr) {
 			if host == everybody && !m.Given.toSomebody(link, addr) || host != everybody && !m.Given.may(link, host, addr) {
 				wrong[link] = struct{}{}

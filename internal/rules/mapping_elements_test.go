@@ -122,6 +122,23 @@ func TestForgetEndsAllOfAnOutsideAddress(t *testing.T) {
 	m.holds()
 }
 
+// A host's packet makes a mapping on another address in the place of one on a lost address, which is
+// about to end.
+//
+// Fails when the host's next flow gets another port, because somebody seems to own the old one.
+func TestAMappingMadeMeanwhileLeavesNoPortBehind(t *testing.T) {
+	m := newMapper(t, lab.Options{Inside: 2}, mapping)
+	one, two, peers := m.host(0, 3074), m.host(1, 5000), []*lab.Socket{m.peer(lab.PeerA, 1), m.peer(lab.PeerB, 1)}
+	m.contact(one, peers[0])
+	m.contact(two, peers[0])
+	check(t, m.kept().RevokeLost([]elements.Mapping{mapped(one, netip.MustParseAddrPort("198.51.100.9:3074"))}))
+	m.holds(mapped(two, m.ext(5000)))
+	m.maps(one, m.ext(3074), peers[1])
+	if list := m.listSet("set", "owned"); !strings.Contains(list, "5000 timeout") {
+		t.Error(list)
+	}
+}
+
 func TestKeepAndTakeDoNotAllocate(t *testing.T) {
 	m := newMapper(t, lab.Options{}, mapping)
 	refused := func(i int, err error) { t.Fatal(i, err) }

@@ -134,7 +134,7 @@ func (m *Mappings) Forget(addr netip.Addr) error {
 		if !addr.IsValid() || p.Ext.Addr.Netip() == addr {
 			ms = append(ms, p)
 		}
-	}), m.Revoke(ms))
+	}), m.RevokeLost(ms))
 	return errors.Join(errs...)
 }
 

@@ -68,7 +68,7 @@ func (m *Mappings) SetLifetime(d time.Duration) { m.lifetime = d }
 // refused as Add does.
 //
 // Before Linux 6.12, adding an element again does not renew its timeout, so it is deleted
-// and added in one transaction, which no packet notices.
+// and added in one transaction. Before 6.17 a packet may find neither.
 func (m *Mappings) Keep(ms []Mapping, refused func(i int, err error)) {
 	m.put(ms, m.renew, refused)
 }
@@ -111,11 +111,40 @@ func (m *Mappings) alone(one []Mapping) error {
 // Revoke ends ms. It is no error if some have ended already. The kernel deletes by key,
 // whatever value the element has. Living flows keep their outside endpoints.
 func (m *Mappings) Revoke(ms []Mapping) error {
-	err := errors.Join(m.Release(ms), m.disown(ms, OwnedSet))
+	return errors.Join(m.Release(ms), m.disownAll(ms))
+}
+
+// disownAll deletes what says who has the outside endpoints of ms.
+func (m *Mappings) disownAll(ms []Mapping) error {
+	err := m.disown(ms, OwnedSet)
 	if m.owners {
 		err = errors.Join(err, m.disown(ms, OwnersMap), m.disown(ms, OwnerPortsMap))
 	}
 	return err
+}
+
+// RevokeLost is Revoke for mappings to addresses that their hosts no longer get. A packet of such a
+// host may have made another mapping since these were listed (chain lost_address), which ends with
+// them. Nobody would own its outside endpoint, and its host get another one: so all endpoints without a
+// mapping get free.
+func (m *Mappings) RevokeLost(ms []Mapping) error {
+	if len(ms) == 0 {
+		return nil
+	}
+	free := make(map[cone.Endpoint]struct{})
+	err := errors.Join(
+		m.Revoke(ms),
+		m.w.list(OwnedSet, func(key, _ []byte, _ time.Duration) { free[endpoint(key)] = struct{}{} }),
+		m.List(func(p Mapping, _ time.Duration) { delete(free, p.Ext) }), // last: a packet gets both at once
+	)
+	if err != nil {
+		return err
+	}
+	var orphans []Mapping
+	for e := range free {
+		orphans = append(orphans, Mapping{Ext: e})
+	}
+	return m.disownAll(orphans)
 }
 
 func (m *Mappings) disown(ms []Mapping, set string) error {
