@@ -142,8 +142,7 @@ func (w *hookWalk) statement(regs *cells, s statement) (end fates, c chance, err
 		if slices.Contains(natTargets, e.Name) {
 			return translates, always, nil
 		}
-		end, c = xtTarget(e)
-		return end, c, nil
+		return xtTarget(e), always, nil
 	case *expr.Match:
 		if w.members != nil && e.Name == "set" {
 			if matches, known := w.members.matches(e, w.child); known {

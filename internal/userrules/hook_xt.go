@@ -27,20 +27,20 @@ var natTargets = []string{"MASQUERADE", "SNAT", "NETMAP", "DNAT", "REDIRECT"}
 
 // xtTarget returns what a target of iptables-nft does with a packet. Empty fates mean that
 // the rule continues.
-func xtTarget(t *expr.Target) (fates, chance) {
+func xtTarget(t *expr.Target) fates {
 	switch t.Name {
 	case "REJECT", "DROP":
-		return drops, always
+		return drops
 	case "ACCEPT":
-		return accepts, always
+		return accepts
 	case "LOG", "NFLOG", "ULOG", "AUDIT", "TRACE", "MARK", "CONNMARK", "SECMARK", "CONNSECMARK", "CT",
 		"CLASSIFY", "DSCP", "TOS", "TTL", "HL", "ECN", "TCPMSS", "TCPOPTSTRIP", "CHECKSUM", "SET", "TEE",
 		"IDLETIMER", "LED", "HMARK", "RATEEST", "FLOWOFFLOAD", "NOTRACK":
-		return 0, always // XT_CONTINUE
+		return 0 // XT_CONTINUE
 	case "NFQUEUE":
-		return accepts | drops, always
+		return accepts | drops
 	}
-	return anyFate, always
+	return anyFate
 }
 
 // xtMatch returns the chance that a match of iptables-nft matches.

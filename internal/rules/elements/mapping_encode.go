@@ -18,18 +18,18 @@ type encoding struct {
 	seq uint32
 }
 
-// put appends a message about the element in the first bytes of m.key and m.value. With
-// excl the kernel refuses an element that exists.
-func (e *encoding) put(typ uint16, excl bool, set string, key, value int, timeout time.Duration) {
-	e.element(e.seq, typ, excl, set, key, value, timeout)
+// put appends a message about the element of the endpoint in m.key, with the first bytes of m.value.
+// With excl the kernel refuses an element that exists.
+func (e *encoding) put(typ uint16, excl bool, set string, value int, timeout time.Duration) {
+	e.element(e.seq, typ, excl, set, endpointLen, value, timeout)
 	e.seq++
 }
 
 // refresh replaces an element, whether it exists or not.
 func (e *encoding) refresh(set string, value int, timeout time.Duration) {
-	e.put(unix.NFT_MSG_NEWSETELEM, false, set, endpointLen, value, timeout)
-	e.put(unix.NFT_MSG_DELSETELEM, false, set, endpointLen, 0, 0)
-	e.put(unix.NFT_MSG_NEWSETELEM, false, set, endpointLen, value, timeout)
+	e.put(unix.NFT_MSG_NEWSETELEM, false, set, value, timeout)
+	e.put(unix.NFT_MSG_DELSETELEM, false, set, 0, 0)
+	e.put(unix.NFT_MSG_NEWSETELEM, false, set, value, timeout)
 }
 
 // kept reports whether the outside port is the inside port.
@@ -63,14 +63,14 @@ func (m *Mappings) add(seq uint32, p *Mapping) {
 		stands, other = other, stands
 	}
 	// This fails if the other map has the key.
-	e.put(unix.NFT_MSG_NEWSETELEM, true, other, endpointLen, m.host(p.Ext.Addr), time.Second)
-	e.put(unix.NFT_MSG_DELSETELEM, false, other, endpointLen, 0, 0)
-	e.put(unix.NFT_MSG_NEWSETELEM, true, stands, endpointLen, m.host(p.Ext.Addr), m.lifetime)
+	e.put(unix.NFT_MSG_NEWSETELEM, true, other, m.host(p.Ext.Addr), time.Second)
+	e.put(unix.NFT_MSG_DELSETELEM, false, other, 0, 0)
+	e.put(unix.NFT_MSG_NEWSETELEM, true, stands, m.host(p.Ext.Addr), m.lifetime)
 	if !p.kept() {
 		e.refresh(l.Ports, m.port(p.Ext), m.lifetime)
 	}
 	m.outside(p)
-	e.put(unix.NFT_MSG_NEWSETELEM, true, OwnedSet, endpointLen, 0, m.lifetime+OwnedLonger)
+	e.put(unix.NFT_MSG_NEWSETELEM, true, OwnedSet, 0, m.lifetime+OwnedLonger)
 	m.ownedBy(&e, p)
 }
 
@@ -89,8 +89,8 @@ func (m *Mappings) renew(seq uint32, p *Mapping) {
 	if !p.kept() {
 		stands = l.Moved
 	}
-	e.put(unix.NFT_MSG_DELSETELEM, false, stands, endpointLen, 0, 0)
-	e.put(unix.NFT_MSG_NEWSETELEM, false, stands, endpointLen, m.host(p.Ext.Addr), m.lifetime)
+	e.put(unix.NFT_MSG_DELSETELEM, false, stands, 0, 0)
+	e.put(unix.NFT_MSG_NEWSETELEM, false, stands, m.host(p.Ext.Addr), m.lifetime)
 	if !p.kept() {
 		e.refresh(l.Ports, m.port(p.Ext), m.lifetime)
 	}
