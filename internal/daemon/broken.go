@@ -31,7 +31,7 @@ func (r *reconciler) lookForBroken() error {
 			l.brokenNow = brokenFlows(all)
 		}
 		l.healed += uint64(ended)
-		l.warned.tell(r.now(), l.warnings())
+		l.warned.Tell(r.now(), l.warnings())
 	})
 	return nil
 }

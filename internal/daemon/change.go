@@ -128,7 +128,7 @@ func (r *reconciler) follow(cfg config.Config, network gateway.Network) (changed
 		r.log.Info("the conntrack table has another size, and so have limits", "entries", r.size,
 			"max_permissions_per_host", next.MaxPermissionsPerHost, "max_children", next.MaxChildren)
 	}
-	r.ask(func(l *loop) { l.warned.tell(r.now(), l.warnings()) })
+	r.ask(func(l *loop) { l.warned.Tell(r.now(), l.warnings()) })
 	r.wantReconcile() // links to other subnets lead inside now
 	return true, nil
 }

@@ -316,7 +316,7 @@ func (r *reconciler) redecide(cfg config.Config, network gateway.Network) error 
 		})
 		l.decisions = all
 		l.tellCarriers(r.log, news)
-		l.warned.tell(r.now(), l.warnings())
+		l.warned.Tell(r.now(), l.warnings())
 		if changed {
 			l.engine.Model.SetPolicy(r.now(), l.policy(l.cfg))
 		}

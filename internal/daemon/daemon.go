@@ -164,7 +164,7 @@ type loop struct {
 	applied        mapping.Applied       // mappings, at the last reconcile
 	brokenNow      []control.BrokenFlows // found by the last whole walk
 	healed         uint64                // broken flows that the daemon ended
-	warned         *warner
+	warned         *episodes.Warner
 	behind         bool
 	many           bool            // see keepSmall
 	catchingUp     []chan struct{} // who waits until the event socket was empty
@@ -220,7 +220,7 @@ func newDaemon(cfg Config) *Daemon {
 		InLoop:  func(f func(*engine.Engine)) bool { return r.ask(func(l *loop) { f(l.engine) }) },
 		Between: r.lookBetween,
 	}
-	l.warned, d.noted = newWarner(d.log), episodes.New(d.log, d.now, cfg.Reconcile)
+	l.warned, d.noted = episodes.NewWarner(d.log), episodes.New(d.log, d.now, cfg.Reconcile)
 	d.auditor = audit.NewAuditor(&d.watchers, d.noted, d.standing)
 	d.failures = episodes.NewFailures(d.log, d.now, cfg.Reconcile)
 	return d
@@ -472,5 +472,5 @@ func (d *Daemon) greet() {
 	if left := r.network.Candidates(gateway.IPv6, nil, nil); l.cfg.AutoSubnets && !l.cfg.AutoRouted && len(left) > 0 {
 		d.log.Info("subnet auto leaves out IPv6: set routed = true beside it to serve these networks", "networks", left)
 	}
-	l.warned.tell(d.now(), l.warnings())
+	l.warned.Tell(d.now(), l.warnings())
 }

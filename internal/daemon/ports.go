@@ -232,7 +232,7 @@ func (r *reconciler) lookAtSockets(cfg config.Config, network gateway.Network) e
 	warnings, err := r.serve(cfg, network, stays)
 	r.ask(func(l *loop) {
 		l.portWarnings = warnings
-		l.warned.tell(r.now(), l.warnings())
+		l.warned.Tell(r.now(), l.warnings())
 		r.served, r.sure = stays, true
 		l.engine.SetServed(stays, held.Either(before))
 		l.engine.ReviewSockets()

@@ -230,7 +230,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 		if r.sure {
 			l.engine.ReviewSockets()
 		}
-		l.warned.tell(r.now(), l.warnings())
+		l.warned.Tell(r.now(), l.warnings())
 	})
 	notes, err := r.firewall.forgetAddresses(cfg, network)
 	for _, n := range notes {
@@ -259,7 +259,7 @@ func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) er
 	err = errors.Join(err, r.firewall.endDiverted(cfg)) // also those that an earlier daemon left
 	r.ask(func(l *loop) {
 		l.ruleWarnings, l.hidden, l.overtaken = warnings, r.firewall.hidden, r.firewall.overtaken
-		l.warned.tell(r.now(), l.warnings())
+		l.warned.Tell(r.now(), l.warnings())
 	})
 	known := r.firewall.forwardsKnown
 	if known != r.forwardsKnown || r.firewall.understood != r.unheard {
@@ -432,5 +432,5 @@ func (l *loop) report() {
 	l.reportedEvents = e
 	l.noted.Tell()
 	l.failures.Tell()
-	l.warned.tell(l.now(), l.warnings())
+	l.warned.Tell(l.now(), l.warnings())
 }

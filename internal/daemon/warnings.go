@@ -2,16 +2,9 @@ package daemon
 
 import (
 	"fmt"
-	"log/slog"
-	"maps"
-	"slices"
-	"time"
 
 	"github.com/conenatd/conenatd/internal/control"
 )
-
-// warnEvery is the least time between two times that one warning is logged.
-const warnEvery = time.Minute
 
 // A warningID is the identifier of a warning (docs/control.md).
 type warningID = string
@@ -95,42 +88,4 @@ func (w warnings) texts() (all []string) {
 		all = append(all, x.Text)
 	}
 	return all
-}
-
-// A warner logs a warning when it arises and when it is over.
-type warner struct {
-	log   *slog.Logger
-	holds map[string]string        // by key, the text
-	said  map[string]time.Duration // by key, when it was logged last
-}
-
-func newWarner(log *slog.Logger) *warner {
-	return &warner{log, make(map[string]string), make(map[string]time.Duration)}
-}
-
-// tell takes in which warnings hold now. One that comes and goes is logged at most once in
-// warnEvery.
-func (w *warner) tell(now time.Duration, all warnings) {
-	over := maps.Clone(w.holds)
-	for _, x := range all {
-		key := x.ID + " " + x.About
-		delete(over, key)
-		said, known := w.said[key]
-		if _, holds := w.holds[key]; !holds {
-			if known && now-said < warnEvery {
-				continue
-			}
-			w.log.Warn(x.Text)
-			w.said[key] = now
-		}
-		w.holds[key] = x.Text
-	}
-	for _, key := range slices.Sorted(maps.Keys(over)) {
-		w.log.Info("no longer: " + over[key])
-		delete(w.holds, key)
-	}
-	maps.DeleteFunc(w.said, func(key string, said time.Duration) bool {
-		_, holds := w.holds[key]
-		return !holds && now-said >= warnEvery
-	})
 }

@@ -1,4 +1,4 @@
-package daemon
+package episodes
 
 import (
 	"testing"
@@ -10,17 +10,17 @@ import (
 
 func TestWarningIsLoggedWhenItArisesAndWhenItIsOver(t *testing.T) {
 	log, lines := episodestest.Logged()
-	w := newWarner(log)
+	w := NewWarner(log)
 	now := time.Hour
 	tell := func(want string, all ...control.Finding) {
 		t.Helper()
-		w.tell(now, all)
+		w.Tell(now, all)
 		if got := lines(); got != want {
 			t.Errorf("logged %q, want %q", got, want)
 		}
 	}
-	pool := func(text string) control.Finding { return control.Finding{ID: warnPoolUsedUp, Text: text} }
-	other := control.Finding{ID: warnNoOutside, Text: "no outside link"}
+	pool := func(text string) control.Finding { return control.Finding{ID: "pool_used_up", Text: text} }
+	other := control.Finding{ID: "no_outside_link", Text: "no outside link"}
 	const warn, info = "level=WARN msg=", "level=INFO msg="
 
 	tell("")
