@@ -3,9 +3,6 @@ package daemon
 import (
 	"fmt"
 	"net/netip"
-	"os"
-	"path/filepath"
-	"strings"
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
@@ -24,8 +21,8 @@ const autoHelpers = "nf_conntrack_helper"
 
 // readAutoHelpers reports whether the kernel gives flows helpers by itself.
 func readAutoHelpers() bool {
-	b, err := os.ReadFile(filepath.Join(handover.Dir, autoHelpers))
-	return err == nil && strings.TrimSpace(string(b)) != "0"
+	n, err := handover.Read(autoHelpers)
+	return err == nil && n != 0
 }
 
 // mayHelp reports whether flows may get a conntrack helper that matters, by rules or, if auto is

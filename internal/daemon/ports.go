@@ -4,10 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"os"
-	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -140,11 +137,7 @@ func readTimeouts() (t cone.Timeouts, err error) {
 		"nf_conntrack_udp_timeout":        &t.UDP,
 		"nf_conntrack_udp_timeout_stream": &t.Stream,
 	} {
-		b, err := os.ReadFile(filepath.Join(handover.Dir, key))
-		if err != nil {
-			return t, fmt.Errorf("read timeout of UDP flows: %w", err)
-		}
-		seconds, err := strconv.Atoi(strings.TrimSpace(string(b)))
+		seconds, err := handover.Read(key)
 		if err != nil {
 			return t, fmt.Errorf("read timeout of UDP flows: %w", err)
 		}

@@ -5,9 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
-	"path/filepath"
-	"strconv"
 	"strings"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -125,14 +122,10 @@ func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (not
 // readTableSize reads how many entries the conntrack table may have; 0 if there is no bound,
 // or no conntrack in the kernel yet.
 func readTableSize() (int, error) {
-	b, err := os.ReadFile(filepath.Join(handover.Dir, "nf_conntrack_max"))
+	n, err := handover.Read("nf_conntrack_max")
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0, nil
 	}
-	if err != nil {
-		return 0, fmt.Errorf("read the size of the conntrack table: %w", err)
-	}
-	n, err := strconv.Atoi(strings.TrimSpace(string(b)))
 	if err != nil {
 		return 0, fmt.Errorf("read the size of the conntrack table: %w", err)
 	}

@@ -39,6 +39,9 @@ func Open() (Sysctls, error) {
 	return Sysctls{Dir: Dir, Notes: n}, err
 }
 
+// Read returns the value of a setting of this network namespace.
+func Read(name string) (int, error) { return Sysctls{Dir: Dir}.Read(name) }
+
 // Read returns the value of the setting name, which may lead to another folder of settings.
 func (s Sysctls) Read(name string) (int, error) {
 	b, err := os.ReadFile(filepath.Join(s.Dir, name))
