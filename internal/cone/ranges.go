@@ -19,6 +19,17 @@ func (r PortRange) Text() string {
 	return strconv.Itoa(int(r.First)) + "-" + strconv.Itoa(int(r.Last))
 }
 
+// ParsePortRange reads one port, or two with a dash between them, as Text writes them.
+func ParsePortRange(text string) (r PortRange, ok bool) {
+	first, last, many := strings.Cut(text, "-")
+	if !many {
+		last = first
+	}
+	a, err := strconv.ParseUint(first, 10, 16)
+	b, err2 := strconv.ParseUint(last, 10, 16)
+	return PortRange{uint16(a), uint16(b)}, err == nil && err2 == nil && a <= b
+}
+
 // Has reports whether port p is in the range.
 func (r PortRange) Has(p uint16) bool { return r.First <= p && p <= r.Last }
 

@@ -185,20 +185,16 @@ func portOrRange(v any) (cone.PortRange, error) {
 }
 
 // parsePorts reads one port, or two with a dash between them.
-func parsePorts(text string) (r cone.PortRange, ok bool) {
-	if !strings.Contains(text, "-") {
-		text += "-" + text
-	}
-	return parseRange(text)
+func parsePorts(text string) (cone.PortRange, bool) {
+	r, ok := cone.ParsePortRange(text)
+	return r, ok && r.First > 0
 }
 
 // parseRange reads two ports with a dash between them.
-func parseRange(v any) (r cone.PortRange, ok bool) {
+func parseRange(v any) (cone.PortRange, bool) {
 	s, _ := v.(string)
-	first, last, _ := strings.Cut(s, "-")
-	a, err := strconv.ParseUint(first, 10, 16)
-	b, err2 := strconv.ParseUint(last, 10, 16)
-	return cone.PortRange{First: uint16(a), Last: uint16(b)}, err == nil && err2 == nil && a >= 1 && a <= b
+	r, ok := parsePorts(s)
+	return r, ok && strings.Contains(s, "-")
 }
 
 // number accepts a number from least to most.

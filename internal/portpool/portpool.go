@@ -5,7 +5,6 @@ package portpool
 import (
 	"fmt"
 	"os"
-	"strconv"
 	"strings"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -63,16 +62,11 @@ func newLocal(given, reserved string) (*Local, error) {
 		if r == "" {
 			continue
 		}
-		first, last, many := strings.Cut(r, "-")
-		if !many {
-			last = first
-		}
-		a, err := strconv.ParseUint(first, 10, 16)
-		b, err2 := strconv.ParseUint(last, 10, 16)
-		if err != nil || err2 != nil {
+		ports, ok := cone.ParsePortRange(r)
+		if !ok {
 			return nil, fmt.Errorf("read %s: %q is no range of ports", reserveKey, r)
 		}
-		l.set(cone.PortRange{First: uint16(a), Last: uint16(b)}, false)
+		l.set(ports, false)
 	}
 	return l, nil
 }
