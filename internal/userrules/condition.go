@@ -101,7 +101,7 @@ func (s span) has(value []byte) bool {
 
 // isAll reports whether all keys are in the span.
 func (s span) isAll() bool {
-	return !slices.ContainsFunc(s.low, func(b byte) bool { return b != 0 }) && !slices.ContainsFunc(s.high, func(b byte) bool { return b != 0xff })
+	return allZero(s.low) && !slices.ContainsFunc(s.high, func(b byte) bool { return b != 0xff })
 }
 
 // cut returns the part of s for the field at an offset, masked.

@@ -51,7 +51,7 @@ func (m *Members) matches(match *expr.Match, c *child) (matches, known bool) {
 	// on counters, zero if there are none.
 	const index, dim, inverts, rest = 0, 2, 3, 4
 	info, _ := match.Info.(*xt.Unknown)
-	if info == nil || match.Rev == 0 || len(*info) < rest || slices.ContainsFunc((*info)[rest:], func(b byte) bool { return b != 0 }) {
+	if info == nil || match.Rev == 0 || len(*info) < rest || !allZero((*info)[rest:]) {
 		return false, false
 	}
 	set := m.ipset(binary.NativeEndian.Uint16((*info)[index:]))

@@ -304,7 +304,7 @@ func (t *table) legacyPolicy(chain string, e legacyEntry) error {
 
 // isUnconditional follows unconditional in the kernel.
 func (e legacyEntry) isUnconditional() bool {
-	return len(e.matches) == 0 && !slices.ContainsFunc(e.conditions, func(b byte) bool { return b != 0 })
+	return len(e.matches) == 0 && allZero(e.conditions)
 }
 
 // The verdicts of a standard target. A verdict of 0 or more is the offset to continue at.
@@ -427,7 +427,6 @@ func (f *legacyFamily) conditions(b []byte) (es []expr.Any) {
 			Base: expr.PayloadBaseNetworkHeader, Offset: uint32(offset), Len: uint32(n),
 		}
 	}
-	asks := func(mask []byte) bool { return slices.ContainsFunc(mask, func(b byte) bool { return b != 0 }) }
 
 	source, names := 12, 4*f.address
 	if f == legacy6 {
@@ -435,7 +434,7 @@ func (f *legacyFamily) conditions(b []byte) (es []expr.Any) {
 	}
 	part := func(n int) []byte { return b[n*f.address : (n+1)*f.address] }
 	for n, bit := range []byte{invertSource, invertDestination} {
-		if mask := part(2 + n); asks(mask) || inverted(bit) {
+		if mask := part(2 + n); !allZero(mask) || inverted(bit) {
 			compare(header(source+n*f.address, f.address), mask, part(n), inverted(bit))
 		}
 	}

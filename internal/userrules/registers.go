@@ -64,7 +64,7 @@ func (r *registers) bitwise(e *expr.Bitwise) {
 		f := &fields[i]
 		end := at + f.size
 		switch {
-		case slices.ContainsFunc(e.Xor, func(b byte) bool { return b != 0 }), end > len(e.Mask), f.mask != nil:
+		case !allZero(e.Xor), end > len(e.Mask), f.mask != nil:
 			*f = field{kind: mangled(f.kind), size: f.size}
 		default:
 			f.mask = e.Mask[at:end]
