@@ -9,84 +9,81 @@ const (
 
 // A meaning says what a verdict is for people.
 type meaning struct {
-	status                int // exit status
-	name, what            string
+	status     int // exit status
+	name, what string
+	uses
+}
+
+// uses say what a host is good for.
+type uses struct {
 	sip, consoles, webrtc Use
 	playstation, xbox     string
 }
 
+// A NAT and a firewall that let the same peers answer have the same uses.
+var (
+	restricted = uses{
+		Use{Good, "a proxy that was called may answer from any port."},
+		Use{Good, "they can play with nearly everybody."},
+		Use{Good, "peers connect directly, those behind symmetric NAT too."},
+		"type 2", "moderate",
+	}
+	portRestricted = uses{
+		Use{Limited, "a proxy or gateway that answers from another port than it was called on is not heard."},
+		Use{Limited, "they cannot play with those of type 3 (strict)."},
+		Use{Limited, "peers connect directly, except for those behind symmetric NAT, which need a relay (TURN)."},
+		"type 2", "moderate",
+	}
+)
+
 // Consoles publish no definition of their types. These are the usual ones: type 1 is without
 // NAT, and strict is dependent mapping.
 var meanings = map[Verdict]meaning{
-	Open: {
-		0, "open", "no NAT and no firewall: everybody reaches this host.",
+	Open: {0, "open", "no NAT and no firewall: everybody reaches this host.", uses{
 		Use{Good, "every server and peer can reach the phone."},
 		Use{Good, "they can play with everybody."},
 		Use{Good, "peers connect directly."},
 		"type 1", "open",
-	},
+	}},
 	RestrictedFirewall: {
 		0, "no NAT, and a firewall as conenatd gives it",
-		"an address that this host has sent to may answer from any port, and no other address may.",
-		Use{Good, "a proxy that was called may answer from any port."},
-		Use{Good, "they can play with nearly everybody."},
-		Use{Good, "peers connect directly, those behind symmetric NAT too."},
-		"type 2", "moderate",
+		"an address that this host has sent to may answer from any port, and no other address may.", restricted,
 	},
 	SymmetricFirewall: {
 		1, "no NAT, and a firewall for all but answers (symmetric firewall)",
-		"only the address and port that this host has sent to may answer.",
-		Use{Limited, "a proxy or gateway that answers from another port than it was called on is not heard."},
-		Use{Limited, "they cannot play with those of type 3 (strict)."},
-		Use{Limited, "peers connect directly, except for those behind symmetric NAT, which need a relay (TURN)."},
-		"type 2", "moderate",
+		"only the address and port that this host has sent to may answer.", portRestricted,
 	},
-	FullCone: {
-		0, "full cone NAT", "everybody who knows the outside port of a program reaches it.",
+	FullCone: {0, "full cone NAT", "everybody who knows the outside port of a program reaches it.", uses{
 		Use{Good, "every server and peer can reach the phone."},
 		Use{Good, "they can play with everybody."},
 		Use{Good, "peers connect directly."},
 		"type 2", "open",
-	},
+	}},
 	RestrictedCone: {
 		0, "restricted cone NAT, as conenatd gives it",
-		"an address that this host has sent to may answer from any port, and no other address may.",
-		Use{Good, "a proxy that was called may answer from any port."},
-		Use{Good, "they can play with nearly everybody."},
-		Use{Good, "peers connect directly, those behind symmetric NAT too."},
-		"type 2", "moderate",
+		"an address that this host has sent to may answer from any port, and no other address may.", restricted,
 	},
 	PortRestrictedCone: {
 		1, "port restricted cone NAT, as stock Linux gives it",
-		"only the address and port that this host has sent to may answer. On a Linux gateway conenatd lets them answer from any port.",
-		Use{Limited, "a proxy or gateway that answers from another port than it was called on is not heard."},
-		Use{Limited, "they cannot play with those of type 3 (strict)."},
-		Use{Limited, "peers connect directly, except for those behind symmetric NAT, which need a relay (TURN)."},
-		"type 2", "moderate",
+		"only the address and port that this host has sent to may answer. On a Linux gateway conenatd lets them answer from any port.", portRestricted,
 	},
 	Symmetric: {
 		2, "symmetric NAT",
 		"each remote address sees another outside port, so nobody can be told where to send. On a Linux gateway this comes from a random source NAT, " +
 			"or from hosts that share a port; mapping = \"endpoint_independent\" of conenatd cures both.",
-		Use{Bad, "it works only through a provider that ignores the addresses in messages, and relays media."},
-		Use{Bad, "they can play only with those of type 1 (open)."},
-		Use{Bad, "most peers need a relay (TURN)."},
-		"type 3", "strict",
+		uses{
+			Use{Bad, "it works only through a provider that ignores the addresses in messages, and relays media."},
+			Use{Bad, "they can play only with those of type 1 (open)."},
+			Use{Bad, "most peers need a relay (TURN)."},
+			"type 3", "strict",
+		},
 	},
-	Undecided: {
-		1, "not enough is known for a verdict", "the notes below say why.",
-		Use{Unknown, "not enough is known."},
-		Use{Unknown, "not enough is known."},
-		Use{Unknown, "not enough is known."},
-		Unknown, Unknown,
-	},
-	NoAnswer: {
-		3, "no answer", "",
-		Use{Unknown, "nothing is known."},
-		Use{Unknown, "nothing is known."},
-		Use{Unknown, "nothing is known."},
-		Unknown, Unknown,
-	},
+	Undecided: {1, "not enough is known for a verdict", "the notes below say why.", unknown("not enough is known.")},
+	NoAnswer:  {3, "no answer", "", unknown("nothing is known.")},
+}
+
+func unknown(why string) uses {
+	return uses{Use{Unknown, why}, Use{Unknown, why}, Use{Unknown, why}, Unknown, Unknown}
 }
 
 // say adds what the result means.
