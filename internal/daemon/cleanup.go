@@ -6,10 +6,9 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
-	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/expect"
+	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/handover"
-	"github.com/conenatd/conenatd/internal/rules"
 )
 
 // Cleaned counts what Cleanup took out of the kernel.
@@ -64,10 +63,7 @@ func dropTables() (names []string, elements int, err error) {
 // openTables opens our nftables tables except those with the name but. Even with an error
 // it returns the tables that it could open.
 func openTables(but string) (all []*firewall, err error) {
-	names, err := rules.Names(0)
-	if missing := new(rules.UnsupportedError); errors.As(err, &missing) {
-		return nil, nil
-	}
+	names, err := Leftovers()
 	errs := []error{err}
 	for _, name := range names {
 		if name == but {
@@ -84,25 +80,6 @@ func openTables(but string) (all []*firewall, err error) {
 
 // dropUnanswered deletes all children of ours that no inside host answered: they would
 // live for as long as their peer keeps sending.
-func dropUnanswered() (n int, err error) {
-	q, err := ctwatch.DialQueries(ctwatch.Config{})
-	if err != nil {
-		return 0, err
-	}
-	defer q.Close()
-	var children []cone.Flow
-	err = q.Dump(func(f *cone.Flow) {
-		if f.IsChild() && !f.Status.Has(cone.StatusSeenReply) {
-			children = append(children, *f)
-		}
-	})
-	errs := []error{err}
-	for _, f := range children {
-		deleted, err := q.Delete(f.Src, f.Dst, f.OrigZone, f.ID)
-		if deleted {
-			n++
-		}
-		errs = append(errs, err)
-	}
-	return n, errors.Join(errs...)
+func dropUnanswered() (int, error) {
+	return flows.DeleteIf(func(f *cone.Flow) bool { return f.IsChild() && !f.Status.Has(cone.StatusSeenReply) })
 }

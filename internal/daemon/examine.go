@@ -62,13 +62,7 @@ func Examine(cfg config.Config) (st control.Status, err error) {
 	if err = x.readTable(); err != nil {
 		return st, err
 	}
-	sockets, err := gateway.DialSockets(0)
-	if err != nil {
-		return st, err
-	}
-	defer func() { err = errors.Join(err, sockets.Close()) }()
-	sockets.SetNetwork(x.loop.network)
-	served, err := sockets.Ports()
+	served, err := readPorts(x.loop.network)
 	if err != nil {
 		return st, err
 	}

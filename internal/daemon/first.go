@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"errors"
 	"slices"
 
 	"github.com/conenatd/conenatd/internal/config"
@@ -20,6 +21,17 @@ func (r *reconciler) firstNetwork(cfg *config.Config) (n gateway.Network, err er
 		return n, err
 	}
 	return r.readNetwork(*cfg) // links to the added subnets lead inside
+}
+
+// readPorts reads the gateway's own sockets.
+func readPorts(n gateway.Network) (*gateway.PortSet, error) {
+	sockets, err := gateway.DialSockets(0)
+	if err != nil {
+		return nil, err
+	}
+	sockets.SetNetwork(n)
+	held, err := sockets.Ports()
+	return held, errors.Join(err, sockets.Close())
 }
 
 // firstRules asks the user's rules what they forward and how they translate, and chooses the

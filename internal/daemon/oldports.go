@@ -117,7 +117,8 @@ func inPools(pools []hostPool, x elements.Mapping) bool {
 // longer have.
 func (r *reconciler) keep(m *mapping.Mapper, q *ctwatch.Queries) error {
 	ended, strays, err := m.Keep()
-	err = errors.Join(err, flows.Delete(q, ended))
+	_, failed := flows.Delete(q, ended)
+	err = errors.Join(err, failed)
 	r.noted.Note(slog.LevelInfo, "other_address", "mappings had an outside address that your rules no longer give their hosts; new flows leave by the new one", uint64(strays))
 	r.noted.Note(slog.LevelInfo, "outdated", "flows with mappings had an outside port that a rule or port_pool allows no more; they ended", uint64(len(ended)))
 	if err == nil && r.firewall.old.looked(len(ended)) {

@@ -104,13 +104,7 @@ func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (not
 		_, more := f.differ(cfg, network)
 		notes = append(notes, more.texts()...)
 	}
-	sockets, err := gateway.DialSockets(0)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = sockets.Close() }()
-	sockets.SetNetwork(network)
-	held, err := sockets.Ports()
+	held, err := readPorts(network)
 	if err != nil {
 		return nil, err
 	}

@@ -47,28 +47,43 @@ func (x *Fixed) Each(f func(sent *cone.Flow)) error {
 // End ends those of these flows for which wrong returns true, and returns them as their hosts
 // send them.
 func (x *Fixed) End(wrong func(sent *cone.Flow) bool) (ended []cone.Flow, err error) {
+	_, err = DeleteIf(func(f *cone.Flow) bool {
+		sent, ok := x.asSent(f)
+		if ok = ok && wrong(&sent); ok {
+			ended = append(ended, sent)
+		}
+		return ok
+	})
+	return ended, err
+}
+
+// DeleteIf deletes the flows for which wrong returns true, and returns how many.
+func DeleteIf(wrong func(f *cone.Flow) bool) (deleted int, err error) {
 	q, err := ctwatch.DialQueries(ctwatch.Config{})
 	if err != nil {
-		return nil, err
+		return 0, err
 	}
 	defer q.Close()
 	var flows []cone.Flow
 	err = q.Dump(func(f *cone.Flow) {
-		if sent, ok := x.asSent(f); ok && wrong(&sent) {
-			flows, ended = append(flows, *f), append(ended, sent)
+		if wrong(f) {
+			flows = append(flows, *f)
 		}
 	})
-	return ended, errors.Join(err, Delete(q, flows))
+	deleted, failed := Delete(q, flows)
+	return deleted, errors.Join(err, failed)
 }
 
-// Delete deletes flows from the conntrack table. One that is gone is no error.
-func Delete(q *ctwatch.Queries, flows []cone.Flow) error {
+// Delete deletes flows from the conntrack table, and returns how many. One that is gone is no error.
+func Delete(q *ctwatch.Queries, flows []cone.Flow) (deleted int, err error) {
 	var errs []error
 	for _, f := range flows {
-		_, err := q.Delete(f.Src, f.Dst, f.OrigZone, f.ID)
-		errs = append(errs, err)
+		ok, err := q.Delete(f.Src, f.Dst, f.OrigZone, f.ID)
+		if errs = append(errs, err); ok {
+			deleted++
+		}
 	}
-	return errors.Join(errs...)
+	return deleted, errors.Join(errs...)
 }
 
 // EndWrongLinks ends flows with mappings whose outside address is wrong for the link by which

@@ -55,7 +55,7 @@ func (s *Strands) End(q *ctwatch.Queries, stale Stale) (ended int, err error) {
 			wrong = append(wrong, c.Flow)
 		}
 	}
-	err = Delete(q, wrong)
+	_, err = Delete(q, wrong)
 	s.endPermissions(stale, false) // that takes longer
 	if failed := s.Routes.Close(); failed != nil {
 		err = errors.Join(err, fmt.Errorf("find children that are answered by another link: %w", failed))
