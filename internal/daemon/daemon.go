@@ -102,7 +102,7 @@ type reconciler struct {
 	*shared
 	firewall   *firewall
 	reads      *ctwatch.Queries
-	statistics statistician
+	statistics *ctwatch.Poller
 	ports      *gateway.Sockets
 
 	wanted        config.Config      // as the user gave it; loop.cfg also has the subnets found by "auto"
@@ -285,8 +285,8 @@ func (d *Daemon) openSockets() (err error) {
 	if err != nil {
 		return err
 	}
-	r.statistics.kernel = statistics
-	d.closes(r.statistics.close)
+	r.statistics = ctwatch.NewPoller(statistics)
+	d.closes(r.statistics.Close)
 	if l.kernel, err = r.conntrackWithin(nil); err != nil { // nothing was read before
 		return err
 	}

@@ -52,7 +52,7 @@ func TestStatisticsHoldNothingUp(t *testing.T) {
 		log := slog.New(slog.DiscardHandler)
 		r := &reconciler{
 			shared:     &shared{failures: episodes.NewFailures(log, now, time.Hour), noted: episodes.New(log, now, time.Hour)},
-			statistics: statistician{kernel: k},
+			statistics: ctwatch.NewPoller(k),
 		}
 		k.may <- struct{}{}
 		read := func(want int) {
@@ -69,7 +69,7 @@ func TestStatisticsHoldNothingUp(t *testing.T) {
 		read(2)
 		read(2)
 		k.may <- struct{}{}
-		if err := r.statistics.close(); err != nil || k.asked != 3 {
+		if err := r.statistics.Close(); err != nil || k.asked != 3 {
 			t.Errorf("asked %d times, %v", k.asked, err)
 		}
 	})
