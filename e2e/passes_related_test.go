@@ -132,3 +132,28 @@ func TestExpectationWithoutAnElementLetsNothingIn(t *testing.T) {
 		})
 	}
 }
+
+// Somebody flushes the ruleset of a dead daemon, and loads the firewall again. What the peer sends
+// reaches no inside host: nothing leads the packets of its expectation any more. It reaches the
+// gateway's own port, if something listens there and the firewall accepts what is RELATED. A
+// stranger's does not.
+//
+// Fails when the expectation translates.
+func TestExpectationThatAFlushLeavesLeadsToNoHost(t *testing.T) {
+	stage.NeedsExpect(t)
+	s := behind(t, "nft")
+	s.Start(stage.Flags(stage.Auto)...)
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+	s.Kill()
+	s.Must(s.NFT("flush ruleset\n" + lab.Masquerade + lab.DropPolicy))
+	late := s.PeerSocket(lab.PeerA, 5071)
+	s.Lost(phone, late, ext, proxy)
+	served := s.Socket(s.Gateway.Namespace, ext.Addr(), ext.Port())
+	s.Arrives(served, s.PeerSocket(lab.PeerA, 5072), ext)
+	if s.GetsIn(served, s.PeerSocket(lab.PeerB, 5072), ext) {
+		t.Error("a stranger reaches the gateway")
+	}
+}
