@@ -66,9 +66,9 @@ func TestExpectationAlonePassesOnceTheDaemonReads(t *testing.T) {
 	}
 }
 
-// With mapping, an outside port does not pass to another host while the old host's mapping stands,
-// which it does as long as its permission: so where expectations alone admit peers, too, what a peer
-// sends reaches the host that it is for, whether the daemon runs, is stopped or dead.
+// With mapping, an outside port does not pass to another host while the old host's mapping stands.
+// So where expectations alone admit peers, too, what a peer sends reaches the host that it is for,
+// whether the daemon runs, is stopped or dead.
 //
 // Fails when the kernel gives the new host the outside port that a mapping owns.
 func TestExpectationAlonePassesNothingOnWithMapping(t *testing.T) {
