@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"reflect"
 	"regexp"
 	"slices"
@@ -153,6 +154,52 @@ func TestTheUnitCleansUpAfterATimeoutAlone(t *testing.T) {
 		}
 		if err != nil || string(out) != want {
 			t.Errorf("%s: %q, %v, want %q", result, out, err, want)
+		}
+	}
+}
+
+// Fails when the unit lets the daemon write where SECURITY.md does not say.
+func TestTheUnitLetsTheDaemonWriteWhereItIsSaid(t *testing.T) {
+	unit, err := os.ReadFile("../../deploy/systemd/conenatd.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	said, err := os.ReadFile("../../SECURITY.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := map[string]string{"Runtime": "/run/", "Logs": "/var/log/", "State": "/var/lib/", "Cache": "/var/cache/", "Configuration": "/etc/"}
+	var writable []string
+	temporary, protected := "/var/tmp", false
+	for line := range strings.Lines(string(unit)) {
+		key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+		root, isDirectory := roots[strings.TrimSuffix(key, "Directory")]
+		switch {
+		case line == "ProtectSystem=strict\n":
+			protected = true
+		case line == "PrivateTmp=yes\n":
+			temporary = "a /tmp of its own"
+		case key == "ReadWritePaths":
+			for path := range strings.FieldsSeq(value) {
+				writable = append(writable, filepath.Base(path))
+			}
+		case isDirectory:
+			for name := range strings.FieldsSeq(value) {
+				writable = append(writable, root+name)
+			}
+		}
+	}
+	if !protected {
+		t.Error("the unit lets the daemon write anywhere")
+	}
+	_, rest, _ := strings.Cut(string(said), "it can write only to")
+	list, _, found := strings.Cut(rest, "and most system calls")
+	if !found {
+		t.Fatal("SECURITY.md does not say where the daemon can write")
+	}
+	for _, w := range append(writable, temporary) {
+		if !strings.Contains(list, w) {
+			t.Errorf("SECURITY.md does not name %s", w)
 		}
 	}
 }
