@@ -18,6 +18,7 @@ type known struct {
 
 	noted    map[int]Link        // links as the last message about each says
 	segments map[string][]string // of noted
+	bridges  []string            // of noted
 
 	subnets    []netip.Prefix // enabled subnets
 	viaObjects bool           // the kernel names no links in routes by nexthop objects
@@ -31,22 +32,21 @@ type known struct {
 func newKnown(n Network, named []string, ways bool) *known {
 	k := &known{
 		ways:       ways && len(n.OutsideLinks()) > 1,
-		viaObjects: n.viaObjects, noted: n.links(), segments: n.Segments(),
-		links: n.links(), used: map[int]bool{}, addrs: map[Addr]bool{}, inside: map[Route]bool{}, covered: map[netip.Prefix]bool{}, named: slices.Clone(named),
+		viaObjects: n.viaObjects, noted: n.links(), segments: n.Segments(), bridges: n.Bridges(),
+		links: n.links(), used: n.used(), addrs: map[Addr]bool{}, inside: map[Route]bool{}, covered: map[netip.Prefix]bool{}, named: slices.Clone(named),
 	}
 	if n.places != nil {
 		k.subnets = n.places.subnets
 	}
 	for _, a := range n.Addrs {
 		if !local(a.Prefix.Addr()) {
-			k.addrs[a], k.used[a.Link] = true, true
+			k.addrs[a] = true
 		}
 	}
 	for _, r := range n.Routes {
 		if local(r.Prefix.Addr()) {
 			continue
 		}
-		k.used[r.Link] = true
 		switch l := k.links[r.Link]; {
 		case !l.outsideFor(r.Prefix):
 			k.inside[r], k.covered[r.Prefix.Masked()] = true, true
@@ -93,7 +93,7 @@ func (k *known) matters(m netlink.Message) bool {
 		slices.ContainsFunc(r.Routes, func(r Route) bool { return k.routeMatters(r, gone) })
 }
 
-// segmentsChange notes the link, and reports whether Segments changed.
+// segmentsChange notes the link, and reports whether Segments or Bridges changed.
 func (k *known) segmentsChange(l Link, gone bool) bool {
 	old, there := k.noted[l.Index]
 	switch {
@@ -104,7 +104,7 @@ func (k *known) segmentsChange(l Link, gone bool) bool {
 	default:
 		k.noted[l.Index] = l
 	}
-	return !maps.EqualFunc(k.segments, segments(k.noted, k.used), slices.Equal)
+	return !maps.EqualFunc(k.segments, segments(k.noted, k.used), slices.Equal) || !slices.Equal(k.bridges, bridges(k.noted, k.used))
 }
 
 // linkMatters is matters for a link. Its addresses and routes have messages of their own,

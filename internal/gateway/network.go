@@ -182,14 +182,6 @@ func (n Network) OutsideAddrs() []Addr {
 	return slices.DeleteFunc(slices.Clone(n.Addrs), func(a Addr) bool { return links[a.Link].Outside == 0 })
 }
 
-// Bridges returns the names of the bridges on which the gateway has no address: it routes
-// nothing to or from them.
-func (n Network) Bridges() []string {
-	return n.names(func(l Link) bool {
-		return l.Kind == "bridge" && !slices.ContainsFunc(n.Addrs, func(a Addr) bool { return a.Link == l.Index && !local(a.Prefix.Addr()) })
-	})
-}
-
 // links returns the links by index.
 func (n Network) links() map[int]Link {
 	m := make(map[int]Link, len(n.Links))

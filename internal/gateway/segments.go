@@ -12,7 +12,24 @@ import "slices"
 //     (Proxmox), through a pair of veth.
 //
 // A bridge that filters VLANs joins no segments: its ports may lead to different ones.
-func (n Network) Segments() map[string][]string {
+func (n Network) Segments() map[string][]string { return segments(n.links(), n.used()) }
+
+// Bridges returns the names of the bridges that have ports, and no address or route of the gateway:
+// it routes nothing to or from them.
+func (n Network) Bridges() []string { return bridges(n.links(), n.used()) }
+
+func bridges(links map[int]Link, used map[int]bool) (names []string) {
+	for _, l := range links {
+		if bridge, ok := portOf(l, links); ok && !used[bridge.Index] {
+			names = append(names, bridge.Name)
+		}
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// used returns the indexes of the links with an address or a route.
+func (n Network) used() map[int]bool {
 	used := map[int]bool{}
 	for _, a := range n.Addrs {
 		used[a.Link] = used[a.Link] || !local(a.Prefix.Addr())
@@ -20,7 +37,7 @@ func (n Network) Segments() map[string][]string {
 	for _, r := range n.Routes {
 		used[r.Link] = used[r.Link] || !local(r.Prefix.Addr())
 	}
-	return segments(n.links(), used)
+	return used
 }
 
 func segments(links map[int]Link, used map[int]bool) map[string][]string {
@@ -85,7 +102,7 @@ func (s segmentation) join(a, b int) {
 	}
 }
 
-// sameSegment reports whether two readings of a link mean the same for Segments.
+// sameSegment reports whether two readings of a link mean the same for Segments and Bridges.
 func (l Link) sameSegment(o Link) bool {
 	return l.Name == o.Name && l.Kind == o.Kind && l.Lower == o.Lower && l.Elsewhere == o.Elsewhere && l.Master == o.Master && l.VLANs == o.VLANs
 }

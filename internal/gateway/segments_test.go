@@ -61,6 +61,19 @@ func TestSegments(t *testing.T) {
 	}
 }
 
+// A bridge without a port passes no packet on, and the gateway routes by one with an address or a route.
+//
+// Fails when the address alone counts: a host behind such a bridge could fake the address of a peer.
+func TestBridges(t *testing.T) {
+	n := readNetwork(t, newGateway(t, "link add empty0 type bridge",
+		"link add plain0 type bridge", "link add a0 master plain0 type veth peer name a1", "link add b0 master plain0 type veth peer name b1",
+		"link add owned0 type bridge", "link add c0 master owned0 type veth peer name c1", "addr add 10.60.0.1/24 dev owned0",
+		"link add routed0 type bridge", "link add d0 master routed0 type veth peer name d1", "link set routed0 up", "route add 10.61.0.0/24 dev routed0"))
+	if got, want := n.Bridges(), []string{"plain0"}; !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
 // A macvlan that came from another network namespace, as in a container, is on top of a link there,
 // whatever link has the same index here. A VRF and a bond are no segments, and the ports of a bridge
 // that filters VLANs may lead to different ones.

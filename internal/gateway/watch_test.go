@@ -159,7 +159,9 @@ func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
 		{"", "link set idle0 down", false},
 		{"", "link add other0 type bridge", false},
 		{"", "link del other0", false},
-		{"", "link set fwb0 master idle0", false},
+		{"", "link set fwb0 master idle0", true}, // the first port of a bridge without an address
+		{"", "link add port0 master idle0 type veth peer name port1", false},
+		{"", "link del port0", false},
 		{"", "link set fwb0 master lan0", true}, // now its hosts come by the bridge fw0
 		{"", "link add other0 type veth peer name other1", false},
 		{"", "link del other0", false},
@@ -181,6 +183,8 @@ func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
 		{"", "addr add 10.48.1.1/24 dev busy0", true},
 		{"", "addr del 10.48.1.1/24 dev busy0", true},
 		{"", "link set idle0 name idle1", false},
+		{"", "link set fw0 name fw1", true}, // a bridge with a port, and without an address
+		{"", "link del fw1", true},
 		{"uplink9", "link add uplink9 type bridge", true},
 		{"uplink9", "link del uplink9", true},
 		{"", "link del busy0", true},
