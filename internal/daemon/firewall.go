@@ -35,6 +35,8 @@ type firewall struct {
 	decisions   map[netip.Prefix]decision // replaced as a whole, never modified
 	mappedLinks []string                  // current and former outside links: the latter keep their mappings
 	mappedAddrs map[cone.Addr]struct{}    // outside addresses that mappings had
+	holders     map[cone.Addr]string      // outside links by their addresses, when mappings moved last
+	leftBy      []string                  // leaving4 then
 	choosers    []userrules.SourceNAT     // rules of the user's that choose outside ports
 	sources     []userrules.SourceNAT     // all rules that translate sources, if mappings are wanted
 	ownAddrs    map[string]netip.Addr     // what a masquerade gives, by link
@@ -120,7 +122,11 @@ func openFirewall(name string) (*firewall, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &firewall{name: name, tables: t, features: featuresOf(t)}, nil
+	mapped, err := t.MappedLinks()
+	if err != nil {
+		return nil, errors.Join(err, t.Close())
+	}
+	return &firewall{name: name, tables: t, features: featuresOf(t), mappedLinks: mapped}, nil
 }
 
 // setSides takes from n the addresses of links, which links share a network segment, and which

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -10,6 +11,7 @@ import (
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/mapping"
 	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // mappingsSize is how many mappings there can be: all ports of some addresses.
@@ -84,6 +86,42 @@ func (f *firewall) given(c *rules.MappingConfig, network gateway.Network) *mappi
 		return nil
 	}
 	return mapping.NewGiven(f.sources, f.ownAddrs, links, c.Subnets, flows.NewSources(network, f.known).Lost)
+}
+
+// moveMappings lets mappings follow their outside address to the link that has it now, and those of an
+// address that no outside link has to the only link by which packets leave, if rules give it there. So
+// a host keeps its outside endpoint when its uplink becomes a port of a bridge, or is another link.
+func (f *firewall) moveMappings(cfg config.Config, network gateway.Network) error {
+	c, holders := f.mappingConfig(cfg), outsideAddrs(network)
+	if c == nil || !f.maps() || maps.Equal(holders, f.holders) && slices.Equal(f.leaving4, f.leftBy) {
+		return nil
+	}
+	g := f.given(c, network)
+	if g == nil {
+		return nil
+	}
+	var only cone.Addr // of the only link
+	if len(f.leaving4) == 1 {
+		for _, l := range network.Links {
+			if addr, ok := f.onlyAddress(l, c.Subnets); ok && l.Name == f.leaving4[0] {
+				only = cone.AddrFrom(addr)
+			}
+		}
+	}
+	err := g.Move(f.tables.NewMappings(c), func(x elements.Mapping) string {
+		holder, leaves := holders[x.Ext.Addr], slices.Contains(f.leaving4, x.Link)
+		switch {
+		case holder != "" && (!leaves || f.holders[x.Ext.Addr] == x.Link):
+			return holder
+		case holder == "" && !leaves && x.Ext.Addr == only:
+			return f.leaving4[0]
+		}
+		return x.Link
+	})
+	if err == nil {
+		f.holders, f.leftBy = holders, f.leaving4
+	}
+	return err
 }
 
 // outsideAddrs returns the names of outside links, by their addresses. A link that only

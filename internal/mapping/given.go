@@ -109,6 +109,18 @@ func (m *Mapper) isFormer(link string, host, addr cone.Addr) bool {
 	return true
 }
 
+// Move makes links take over mappings. to returns the link for a mapping, or its own to leave it there.
+// None moves to a link on which the rules do not give its host the outside address.
+func (g *Given) Move(kernel *elements.Mappings, to func(elements.Mapping) string) error {
+	var moves []elements.Move
+	err := kernel.List(func(x elements.Mapping, _ time.Duration) {
+		if link := to(x); link != x.Link && g.may(link, x.Int.Addr, x.Ext.Addr) {
+			moves = append(moves, elements.Move{Mapping: x, To: link})
+		}
+	})
+	return errors.Join(err, kernel.Move(moves))
+}
+
 // leave ends the mappings of strays, lets living flows with a former address teach the kernel no
 // mapping, and lets the kernel forget the addresses on a link if it has learned a wrong one.
 func (m *Mapper) leave() error {

@@ -69,7 +69,7 @@ type Desired struct {
 	// InZone are destinations to which only an expectation admits, while flows have a zone in the
 	// original direction alone. Packets from outside to them that come in a zone are counted.
 	InZone []netip.Prefix
-	// Bridges are bridges on which the gateway has no address. If the firewall filters
+	// Bridges are bridges on which the gateway has neither address nor route. If the firewall filters
 	// bridged packets, the hooks also see packets that stay on a bridge, and cannot tell
 	// where they came from.
 	Bridges []string

@@ -1,8 +1,12 @@
 package rules
 
 import (
+	"errors"
+	"fmt"
 	"net/netip"
+	"slices"
 
+	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/rules/elements"
@@ -20,6 +24,32 @@ func (t *Tables) NewMappings(c *MappingConfig) *elements.Mappings {
 	m := t.mapped
 	m.Lifetime, m.KeptFor = c.Lifetime, c.KeptFor
 	return elements.NewMappings(t.w.Writer, m)
+}
+
+// MappedLinks returns the names of the links by which mappings stand, whoever made them. It uses its own
+// connections.
+func (t *Tables) MappedLinks() (links []string, err error) {
+	sets, err := t.c.GetSets(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: t.name})
+	if errors.Is(err, unix.ENOENT) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list the sets of mappings: %w", err)
+	}
+	for _, set := range sets {
+		link, ok := elements.LinkOfSet(set.Name)
+		if !ok || slices.Contains(links, link) {
+			continue
+		}
+		stands := false
+		if err := elements.List(t.netns, unix.AF_INET, t.name, set.Name, func([]byte) { stands = true }); err != nil {
+			return nil, err
+		}
+		if stands {
+			links = append(links, link)
+		}
+	}
+	return links, nil
 }
 
 // mappedOf says which sets for mappings d makes.

@@ -9,8 +9,11 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 )
 
-// perMapping is the maximum number of messages for a mapping.
-const perMapping = 16
+// perMapping is the maximum number of messages for a mapping, perSource that of those that a Move adds.
+const (
+	perMapping = 16
+	perSource  = 4
+)
 
 // An encoding appends messages about elements, one after another.
 type encoding struct {
@@ -72,6 +75,23 @@ func (m *Mappings) add(seq uint32, p *Mapping) {
 	m.outside(p)
 	e.put(unix.NFT_MSG_NEWSETELEM, true, OwnedSet, 0, m.lifetime+OwnedLonger)
 	m.ownedBy(&e, p)
+}
+
+// move ends the mapping on its link, and adds it on the other one.
+func (m *Mappings) move(seq uint32, x *Move) {
+	e, l := encoding{m, seq}, m.setsOf(&x.Mapping)
+	m.inside(&x.Mapping)
+	if x.kept() {
+		e.put(unix.NFT_MSG_DELSETELEM, false, l.Kept, 0, 0)
+	} else {
+		e.put(unix.NFT_MSG_DELSETELEM, false, l.Moved, 0, 0)
+		e.put(unix.NFT_MSG_DELSETELEM, false, l.Ports, 0, 0)
+	}
+	m.outside(&x.Mapping)
+	e.put(unix.NFT_MSG_NEWSETELEM, false, OwnedSet, 0, m.lifetime+OwnedLonger)
+	e.put(unix.NFT_MSG_DELSETELEM, false, OwnedSet, 0, 0)
+	moved := x.moved()
+	m.add(e.seq, &moved)
 }
 
 // ownedBy records the owner of p's outside endpoint, if owners are recorded.

@@ -97,6 +97,30 @@ func (m *Mappings) put(ms []Mapping, encode func(seq uint32, p *Mapping), refuse
 	})
 }
 
+// A Move is a mapping that another link takes over.
+type Move struct {
+	Mapping
+	To string
+}
+
+// Move makes links take over mappings from others: the next flow by such a link has the same outside
+// endpoint. A mapping that has ended, or whose inside endpoint has one on the new link, stays as it is.
+func (m *Mappings) Move(ms []Move) error {
+	var errs []error
+	var moved []Mapping
+	inBatches(&m.batcher, ms, perMapping+perSource, m.move, func(i int, err error) {
+		switch {
+		case err == nil:
+			moved = append(moved, ms[i].moved())
+		case !conflicts(err) && !errors.Is(err, unix.ENOENT):
+			errs = append(errs, fmt.Errorf("move mapping %v to %s: %w", ms[i].Int, ms[i].To, nfnl.Permitted(err)))
+		}
+	})
+	return errors.Join(append(errs, m.Teach(moved))...)
+}
+
+func (x *Move) moved() Mapping { return Mapping{Link: x.To, Int: x.Int, Ext: x.Ext} }
+
 func conflicts(err error) bool { return errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST) }
 
 // alone adds one mapping in a transaction of its own, and keeps the errors of the batch.

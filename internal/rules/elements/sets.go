@@ -2,6 +2,7 @@ package elements
 
 import (
 	"fmt"
+	"net/url"
 	"strings"
 	"time"
 )
@@ -62,6 +63,18 @@ func SetsOfLink(link string) *LinkSets {
 		Link: link, Kept: "kept_" + id, Moved: "moved_" + id, Ports: "ports_" + id,
 		Addresses: "addresses_" + id, Translated: "translated_" + id, Several: "several_" + id,
 	}
+}
+
+// LinkOfSet returns the link of a set of mappings, Kept or Moved.
+func LinkOfSet(set string) (link string, ok bool) {
+	id, kept := strings.CutPrefix(set, "kept_")
+	if !kept {
+		if id, ok = strings.CutPrefix(set, "moved_"); !ok {
+			return "", false
+		}
+	}
+	link, err := url.PathUnescape(strings.ReplaceAll(id, "/", "%"))
+	return link, err == nil && (set == SetsOfLink(link).Kept || set == SetsOfLink(link).Moved)
 }
 
 // Identifier returns the name of a link in a form that nft accepts as part of an

@@ -10,5 +10,11 @@ func TestNamesOfLinksStayApart(t *testing.T) {
 			t.Errorf("%q and %q are both %s", name, other, id)
 		}
 		seen[id] = name
+		sets := SetsOfLink(name)
+		for set, want := range map[string]bool{sets.Kept: true, sets.Moved: true, sets.Ports: false, sets.Addresses: false} {
+			if link, ok := LinkOfSet(set); ok != want || ok && link != name {
+				t.Errorf("%s is of the link %q: %v", set, link, ok)
+			}
+		}
 	}
 }
