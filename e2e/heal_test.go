@@ -100,7 +100,7 @@ func (tt brokenPlay) named(s *scene, phone, peer *lab.Socket) {
 		got = s.Status().BrokenFlows
 		return slices.Equal(got, []control.BrokenFlows{want})
 	})
-	if st := s.Status(); !stage.Warned(st, "1 flows of 10.47.11.0/24 leave by "+tt.link) {
+	if st := s.Status(); !stage.Warned(st, "1 flow of 10.47.11.0/24 left by "+tt.link) {
 		s.T.Errorf("warnings %q", st.Warnings)
 	}
 }

@@ -286,7 +286,7 @@ func (c Carried) Text() string {
 		text += " (" + c.Error + ")"
 	}
 	for _, e := range c.Evidence {
-		text += fmt.Sprintf("; of the last %d children that came by %s it let %d pass", e.Children, e.By, e.Passed)
+		text += fmt.Sprintf("; of the last %s that came by %s it let %d pass", manyChildren(e.Children), e.By, e.Passed)
 	}
 	return text
 }

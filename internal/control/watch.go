@@ -53,7 +53,7 @@ func WriteEvent(w io.Writer, e Event) error {
 	case EventBegin:
 		_, err = fmt.Fprintf(w, "%s  watching\n", at)
 	case EventLost:
-		_, err = fmt.Fprintf(w, "%s  %d events were lost: this terminal is too slow\n", at, e.Lost)
+		_, err = fmt.Fprintf(w, "%s  %s lost: this terminal is too slow\n", at, Several(e.Lost, "event was", "events were"))
 	default:
 		text := fmt.Sprintf("%s  %-10s  %v <- %v", at, strings.ReplaceAll(e.Event, "_", " "), e.Ext, e.permission().PeerText())
 		if e.From.IsValid() {

@@ -94,6 +94,7 @@ func TestEventsForPeople(t *testing.T) {
 	for want, e := range map[string]Event{
 		"03:04:05.006  watching\n":                                                                   {Time: at, Event: EventBegin},
 		"03:04:05.006  7 events were lost: this terminal is too slow\n":                              {Time: at, Event: EventLost, Lost: 7},
+		"03:04:05.006  1 event was lost: this terminal is too slow\n":                                {Time: at, Event: EventLost, Lost: 1},
 		"03:04:05.006  granted     198.51.100.1:5060 <- 80.80.80.80  to 10.47.11.109:5060  by nft\n": with(func(e *Event) { e.Event, e.Backend = "granted", "nft" }),
 		"03:04:05.006  revoked     198.51.100.1:5060 <- 80.80.80.80  to 10.47.11.109:5060: revoked by command\n": with(func(e *Event) {
 			e.Event, e.Reason = "revoked", "revoked"

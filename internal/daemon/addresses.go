@@ -10,6 +10,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/mapping"
@@ -82,7 +83,7 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 				errs = append(errs, kernel.DropAddresses([]netip.Addr{a.Netip()}))
 			}
 			if n := ended[a]; n > 0 {
-				notes = append(notes, fmt.Sprintf("address %v is gone: %d children and flows with mappings ended", a, n))
+				notes = append(notes, fmt.Sprintf("address %v is gone: %s ended, of children and of hosts with mappings", a, control.Several(n, "flow")))
 			}
 		}
 	}

@@ -78,7 +78,7 @@ func (l *loop) warnBroken(out *warnings) {
 		case l.cfg.HealFlows:
 			advice = "they are being ended"
 		}
-		out.add(warnBrokenFlows, about, "%d flows of %v leave by %s %s, such as that of %v to %v, where your rules would give them another source now: %s",
-			b.Flows, b.Subnet, b.Link, how, b.Int, b.Peer, advice)
+		out.add(warnBrokenFlows, about, "%s of %v left by %s %s, such as that of %v to %v, where your rules would give another source now: %s",
+			control.Several(b.Flows, "flow"), b.Subnet, b.Link, how, b.Int, b.Peer, advice)
 	}
 }

@@ -206,8 +206,8 @@ func (l *loop) warnOtherArrivals(out *warnings) {
 	for _, ext := range l.engine.Model.OutsideInUse(slices.Collect(maps.Keys(links))) {
 		if link := links[ext]; !told[link] {
 			told[link] = true
-			out.add(warnOtherArrivals, link, "%d packets were dropped as faked, for they came by another link than the way to their source; hosts leave with %v, "+
-				"which is on %s, no outside link: if peers answer by it, name it with --outside %s", l.tables.Guard.Spoofed, ext.Netip(), link, link)
+			out.add(warnOtherArrivals, link, "%s dropped as faked, having come by another link than the way to their source; hosts leave with %v, "+
+				"which is on %s, no outside link: if peers answer by it, name it with --outside %s", control.Several(l.tables.Guard.Spoofed, "packet was", "packets were"), ext.Netip(), link, link)
 		}
 	}
 }

@@ -80,7 +80,7 @@ func (p *pace) write(out *bytes.Buffer, e control.Event) bool {
 		return false
 	}
 	if p.left > 0 {
-		fmt.Fprintf(out, "%d events were left out: there are too many to read\n", p.left)
+		fmt.Fprintf(out, "%s left out: there are too many to read\n", control.Several(p.left, "event was", "events were"))
 		p.left = 0
 	}
 	_ = control.WriteEvent(out, e) // a buffer takes everything

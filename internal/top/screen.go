@@ -97,7 +97,7 @@ func (m *model) lines(now time.Time) []line {
 // totals counts the permissions of the daemon. If it did not answer, they are of its last answer.
 func (m *model) totals(now time.Time) string {
 	s := &m.status.Permissions
-	text := fmt.Sprintf("%d standing of at most %d, %d refused, %d waiting, %d flows", s.Standing, s.Limit, s.Refused, s.Waiting, m.status.Flows)
+	text := fmt.Sprintf("%d standing of at most %d, %d refused, %d waiting, %s", s.Standing, s.Limit, s.Refused, s.Waiting, control.Several(m.status.Flows, "flow"))
 	if m.err != nil {
 		text = fmt.Sprintf("%v ago: %s", now.Sub(m.page.at).Truncate(time.Second), text)
 	}
