@@ -159,9 +159,9 @@ func demoCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "demo",
 		Short: "Show in a throw-away lab what conenatd does",
-		Long: `Play the question of 2003 in network namespaces that are made for it: a SIP
-device sends to its proxy's port 5060, and the proxy answers from 5070. Needs
-root and the programs ip, nft and conntrack. Nothing of this machine is touched.`,
+		Long: `Play a phone call in network namespaces that are made for it, without conenatd and
+with it: a SIP device sends to its proxy's port 5060, and the proxy answers from 5070.
+Needs root and the programs ip, nft and conntrack. Nothing of this machine is touched.`,
 		Args: exactly(),
 		RunE: func(c *cobra.Command, _ []string) error {
 			return demo.Run(c.OutOrStdout())

@@ -214,7 +214,7 @@ type Mapping string
 // it.
 const (
 	KernelMapping              Mapping = ""                     // whatever the kernel's NAT finds free
-	EndpointIndependentMapping Mapping = "endpoint_independent" // one for each inside endpoint, and nobody else's
+	EndpointIndependentMapping Mapping = "endpoint_independent" // one for each inside endpoint, shared with no other
 )
 
 // String returns the word used in the configuration.

@@ -42,7 +42,7 @@ source NAT the last one needs the nft backend, a forward chain of yours that acc
 	{
 		Key: Key{
 			Name: "mapping", Flag: "mapping", Kind: "word",
-			Usage: "how the hosts of --subnet get their outside ports: kernel, or endpoint_independent (one for each inside port, and nobody else's)",
+			Usage: "how the hosts of --subnet get their outside ports: kernel, or endpoint_independent (one outside port for each inside port, shared with no other)",
 			Doc: `How the hosts get their outside ports: "kernel", whatever its NAT finds free; or
 "endpoint_independent": one outside port for each inside port, towards all peers and shared
 with no other endpoint (RFC 4787 REQ-1, REQ-3). IPv4 behind source NAT; needs nftables.`,
