@@ -122,7 +122,7 @@ func (w *warnings) addDecisions(cfg config.Config, decisions map[netip.Prefix]de
 		switch by := x.blocker.Chain; {
 		case by == "":
 		case keptIn:
-			w.add(warnHostsKeptIn, s.Prefix.String(), "your firewall drops all UDP that hosts of %v send outside: %s; nothing is to do if they are meant to stay inside", s.Prefix, by)
+			w.add(warnHostsKeptIn, s.Prefix.String(), "your firewall drops all UDP that hosts of %v send outside: %s; ignore this if they are meant to stay inside", s.Prefix, by)
 		default:
 			w.add(warnHostsBlocked, s.Prefix.String(), "your firewall drops all UDP that hosts of %v send outside: %s; let it accept UDP flows that they begin", s.Prefix, by)
 		}

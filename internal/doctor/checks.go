@@ -219,8 +219,8 @@ func (f *Facts) uplinkPerFlow() []Finding {
 		return nil
 	}
 	return []Finding{{
-		What: fmt.Sprintf("%s share a default route, and %s = %d chooses one of them for each flow; choose by the addresses alone, or keep flows on their uplink by marks "+
-			"(docs/recipes/uplink-marks.md)", strings.Join(f.SharedLinks, " and "), name, policy),
+		What: fmt.Sprintf("%s share a default route, and net.ipv4.fib_multipath_hash_policy = %d chooses one of them for each flow; choose by the addresses alone, or keep flows on their uplink by marks "+
+			"(docs/recipes/uplink-marks.md)", strings.Join(f.SharedLinks, " and "), policy),
 		Fix: []Line{sysctl(name, "0")}, Keep: keepSysctl,
 	}}
 }

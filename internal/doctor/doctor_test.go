@@ -184,6 +184,9 @@ func TestFindings(t *testing.T) {
 			if len(r.Findings) != 1 || r.Findings[0].ID != tt.id || r.Status() != tt.status {
 				t.Fatalf("status %d: %+v", r.Status(), r.Findings)
 			}
+			if what := r.Findings[0].What; strings.Contains(what, "net/") {
+				t.Errorf("a sysctl is not named as sysctl(8) names it: %s", what)
+			}
 			if i := slices.IndexFunc(checks, func(c check) bool { return c.id == tt.id }); i >= 0 && len(tt.lines) > 0 && !checks[i].lines {
 				t.Errorf("%s has lines", tt.id)
 			}
