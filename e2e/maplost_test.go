@@ -262,3 +262,32 @@ func TestNFTLostChildrenAreToldForEachSubnet(t *testing.T) {
 		t.Errorf("list has the reasons %q and %q", a, b)
 	}
 }
+
+// A rule of the user's gives all packets of an outside port to another host, so there is nothing
+// that the map could admit, and nothing that the firewall should let in.
+//
+// Fails when the permission on that port is told of as lost, and when it is not once packets of some
+// peers may reach the map.
+func TestForwardOfAllPacketsBehindRelatedAloneIsNotTold(t *testing.T) {
+	stage.NeedsExpect(t)
+	const (
+		start = "table ip fw { set sip { type ipv4_addr; }; chain pre { type nat hook prerouting priority dstnat; iifname \"wan0\" udp dport 5060 "
+		end   = "dnat to 10.47.11.110; }; }\n"
+	)
+	s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + lab.DropPolicy +
+		"add rule inet filter forward ip daddr 10.47.11.110 udp dport 5060 accept\n" + start + end}, append(stage.Auto, "--reconcile=1s")...)
+	phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5061)
+	ext := s.Contact(phone, proxy)
+	if p := s.Listed(phone, proxy, ext, "refused"); p.Reason != "forwarded" {
+		t.Errorf("list has %+v", p)
+	}
+	s.Arrives(server, s.PeerSocket(lab.PeerA, 7000), ext)
+	about := lab.InsideNet.String() + " forwarded"
+	if f := s.childrenDropped(about); f != nil || s.verdict() != "works" {
+		t.Errorf("verdict %q, finding %+v", s.verdict(), f)
+	}
+	s.Must(s.NFT("delete table ip fw\n" + start + "ip saddr @sip " + end))
+	s.Until("a forward of some is told of", func() bool { return s.childrenDropped(about) != nil })
+	s.Must(s.NFT("delete table ip fw\n" + start + end))
+	s.Until("a forward of all is not", func() bool { return s.childrenDropped(about) == nil && s.verdict() == "works" })
+}

@@ -359,7 +359,7 @@ func (w *world) checkScopes() {
 	var alone [Reasons]int
 	for i := range w.m.claims {
 		if c := &w.m.claims[i]; c.state == StateStanding {
-			if c.placed.By == ByMap {
+			if c.placed.By == ByMap && !c.placed.Hidden {
 				alone[c.placed.Why]++
 			}
 			hosts[c.Int.Addr]++

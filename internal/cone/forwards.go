@@ -14,6 +14,7 @@ const (
 	NotForwarded       Forwarding = iota
 	ForwardedHere                 // to the permission's own endpoint alone
 	ForwardedElsewhere            // to another or an unknown one
+	ForwardedAll                  // likewise, and all of them: none reaches the map
 )
 
 // forwardMemory is how long a port counts as forwarded after the last flow through a
@@ -122,7 +123,7 @@ func (m *Model) forwarding(p Permission) Forwarding {
 // such a one, and that the user's firewall drops what it takes.
 func (m *Model) forwarded(now time.Duration, p *Permission) (why Reason, shut bool) {
 	switch f := m.forwarding(*p); {
-	case f == ForwardedElsewhere, m.forwardsUnknown && m.seenForwards.has(now, p.extKey()):
+	case f >= ForwardedElsewhere, m.forwardsUnknown && m.seenForwards.has(now, p.extKey()):
 		return ReasonForwarded, false
 	case f == ForwardedHere && slices.ContainsFunc(m.policy.Shut, func(s Shut) bool { return s.has(p) }):
 		return ReasonNone, true

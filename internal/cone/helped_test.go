@@ -64,7 +64,7 @@ func TestNoExpectationWhereAHelperWorks(t *testing.T) {
 				if normal.By&ByExpectation == 0 {
 					t.Fatalf("%s: it stands by %v", mode, normal.By)
 				}
-				want := Placement{ByMap, ReasonHelper}
+				want := Placement{By: ByMap, Why: ReasonHelper}
 				if mode != "both" {
 					want = Placement{}
 				}

@@ -180,7 +180,7 @@ func TestForwardThatAFlowShowsBarsWhateverItsTarget(t *testing.T) {
 				v := d.view(in)
 				want := Placement{}
 				if tc.mapped {
-					want = Placement{ByMap, ReasonForwarded}
+					want = Placement{By: ByMap, Why: ReasonForwarded}
 				}
 				if v.Placement != want || d.by[v.Key] != want.By || (v.State == StateStanding) != tc.mapped || v.State == StateRefused && v.Reason != ReasonForwarded {
 					t.Errorf("%s: it is %v (%v), by %+v, want %+v", order, v.State, v.Reason, v.Placement, want)
@@ -242,7 +242,7 @@ func TestFlowsShowForwardsOnlyWhereRulesMayBeMissing(t *testing.T) {
 		d.m.SetForwards(0, nil, whole)
 		d.open(0, in, "203.0.113.5:9")
 		d.dnat(1, "192.0.2.77:1", ext, "10.47.11.200:80", 0)
-		want := Placement{ByMap, ReasonForwarded}
+		want := Placement{By: ByMap, Why: ReasonForwarded}
 		if whole {
 			want = Placement{By: AllCarriers}
 		}
@@ -315,7 +315,7 @@ func TestForwardTakesUnansweredChildren(t *testing.T) {
 			}
 			d.wantOps("the forward", kinds, tc.want...)
 			d.gone(1, lost)
-			if v := d.view(in); v.Placement != (Placement{ByMap, ReasonForwarded}) || v.Children != 1 {
+			if v := d.view(in); v.Placement != (Placement{By: ByMap, Why: ReasonForwarded}) || v.Children != 1 {
 				t.Errorf("it stands by %+v with %d children", v.Placement, v.Children)
 			}
 			_, kinds = d.admit(2, "203.0.113.5:79", ext, in, 0)

@@ -91,12 +91,12 @@ func (m *Model) noteInterim(now time.Duration, n int32) {
 	}
 	p := m.singlePermission(n)
 	for _, f := range x.endedForwards {
-		if now-f.until < forwardAway && f.rules(p) == ForwardedElsewhere {
+		if now-f.until < forwardAway && f.rules(p) >= ForwardedElsewhere {
 			x.interim[n] = true
 			return
 		}
 	}
-	if m.forwarding(p) == ForwardedElsewhere {
+	if m.forwarding(p) >= ForwardedElsewhere {
 		x.interim[n] = false
 	}
 }
@@ -117,8 +117,8 @@ func (m *Model) EndInterim(now time.Duration, takes func(Permission) Forwarding)
 	maps.DeleteFunc(x.ended, func(_ interimKey, at time.Duration) bool { return now-at >= eventsLate })
 	for n, away := range x.interim {
 		p := m.singlePermission(n)
-		switch back := m.forwarding(p) == ForwardedElsewhere; {
-		case back && (away || takes != nil && takes(p) == ForwardedElsewhere):
+		switch back := m.forwarding(p) >= ForwardedElsewhere; {
+		case back && (away || takes != nil && takes(p) >= ForwardedElsewhere):
 			fl, from := &m.flows.all[n], m.from(n)
 			m.op(Op{Kind: DropChild, Permission: p, From: from, FromZone: fl.zone, ID: fl.id})
 			x.ended[interimKey{p.extKey(), from}] = now

@@ -37,6 +37,8 @@ type Placement struct {
 	By Carriers
 	// Why says why it has no expectation; it is ReasonNone if it has one or needs none.
 	Why Reason
+	// Hidden says that the user's forwards take all packets of its peers before they reach the map.
+	Hidden bool
 }
 
 // placementOf is the placement of a claim that does not stand, for a reason: it keeps
@@ -117,7 +119,8 @@ func (m *Model) place(now time.Duration, c *claim) Placement {
 	if by&ByExpectation != 0 && !m.hasRoom(c) {
 		by, why = can&ByMap, m.room.Lack
 	}
-	return Placement{by, why}
+	hidden := why == ReasonForwarded && by != 0 && m.forwarding(c.Permission) == ForwardedAll
+	return Placement{by, why, hidden}
 }
 
 // SetConnected sets the Keys that the gateway's connected sockets use. Conntrack may have
@@ -164,7 +167,7 @@ func (m *Model) countPlacement(c *claim, n int) {
 
 func (m *Model) countCarried(c *claim, n int) {
 	switch of := &m.carried[c.subnet]; {
-	case c.placed.By == ByMap:
+	case c.placed.By == ByMap && !c.placed.Hidden:
 		of.mapAlone[c.placed.Why] += n
 	case c.placed == Placement{Why: ReasonNoBackend}:
 		of.nothing += n
@@ -172,7 +175,7 @@ func (m *Model) countCarried(c *claim, n int) {
 }
 
 // MapAlone counts the permissions of an enabled subnet that only the map carries, by why they
-// have no expectation.
+// have no expectation. It leaves out those to which forwards of the user's leave no packet.
 func (m *Model) MapAlone(subnet netip.Prefix) [Reasons]int { return m.carriedIn(subnet).mapAlone }
 
 // Uncarried counts the permissions of an enabled subnet that are refused because no backend in use

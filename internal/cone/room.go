@@ -40,7 +40,7 @@ func (m *Model) endExpectation(now time.Duration, i int32) {
 	c := &m.claims[i]
 	switch {
 	case m.policy.mappable(&c.Permission) && c.noElement == ReasonNone:
-		m.changeCarriers(i, Placement{ByMap, m.room.Lack})
+		m.changeCarriers(i, Placement{By: ByMap, Why: m.room.Lack})
 	case c.isIdle():
 		m.end(now, i, ReasonEvicted)
 	default:

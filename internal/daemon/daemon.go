@@ -118,6 +118,7 @@ type reconciler struct {
 	served        *gateway.PortSet   // ports held at both of the last two looks, or at the only one
 	sure          bool               // there were two looks
 	forwarded     *userrules.Covered // what the user's rules forward, as last told to the model
+	hidden        *userrules.Covered // the part of which no packet reaches the map
 	forwardsKnown bool               // forwarded is complete
 	unheard       *userrules.Covered // forwards whose flows the event filter leaves out
 	unheardServed []ctwatch.Range    // sockets of the gateway whose flows it leaves out
@@ -150,7 +151,6 @@ type loop struct {
 	mayStrand      func(cone.Addr) bool // children with this outside address may have the wrong one
 	ruleWarnings   warnings             // about the user's forwards
 	unsureWarnings warnings             // about flows by another link than the way back
-	hidden         *userrules.Covered   // forwarded by the user's rules: no packet reaches the map
 	portWarnings   warnings             // about port_pool
 	overtaken      bool                 // a chain of the user's translates all mapped traffic before ours
 	decisions      map[netip.Prefix]decision
@@ -320,7 +320,7 @@ func (d *Daemon) takeOver() (adopted []expect.Adopted, err error) {
 	if r.forwarded, err = l.firstRules(r.firewall, r.network, r.served, false); err != nil {
 		return nil, err
 	}
-	r.forwardsKnown = r.firewall.forwardsKnown
+	r.hidden, r.forwardsKnown = r.firewall.hidden, r.firewall.forwardsKnown
 	d.decide()
 	d.closes(d.closeExpect)
 	adopted, err = d.openBackends()
@@ -360,7 +360,7 @@ func (d *Daemon) begin(adopted []expect.Adopted) {
 	l.network = r.network
 	l.engine.Model.SetTopology(0, l.topology)
 	l.engine.Model.SetLinkLookup(l.network.Way())
-	l.engine.Model.SetForwards(0, r.forwarded.Forwards, r.forwardsKnown)
+	l.engine.Model.SetForwards(0, leads(r.forwarded, r.hidden), r.forwardsKnown)
 	l.engine.Model.Revoked(0, d.denied)
 	if r.backends.expect != nil {
 		l.setRoom(r.space)

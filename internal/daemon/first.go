@@ -42,7 +42,7 @@ func (l *loop) firstRules(f *firewall, n gateway.Network, served *gateway.PortSe
 	f.divert(l.cfg, n)
 	// What cannot be read is among the warnings; the first reconcile tries again.
 	more, _, _ := f.sourceNAT(l.cfg, n)
-	l.ruleWarnings, l.hidden = slices.Concat(l.ruleWarnings, more), f.hidden
+	l.ruleWarnings = slices.Concat(l.ruleWarnings, more)
 	f.ports, l.portWarnings, err = f.choosePorts(l.cfg, n, served, sure, f.shared.Covers)
 	return forwarded, err
 }

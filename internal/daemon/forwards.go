@@ -68,6 +68,17 @@ func (f *firewall) forwards(subnets []netip.Prefix, network gateway.Network) (co
 	return f.forwarded, f.warnForwards(subnets)
 }
 
+// leads returns where forwards lead packets of the peers of a permission: those of forwarded may take
+// some, those of hidden take all.
+func leads(forwarded, hidden *userrules.Covered) func(cone.Permission) cone.Forwarding {
+	return func(p cone.Permission) cone.Forwarding {
+		if to := forwarded.Forwards(p); to != cone.ForwardedElsewhere || !hidden.ConflictsWith(p) {
+			return to
+		}
+		return cone.ForwardedAll
+	}
+}
+
 // mostReached limits for how many hosts the rules are asked what they let forwards lead there.
 const mostReached = 64
 

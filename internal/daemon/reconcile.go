@@ -259,16 +259,16 @@ func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) er
 	}
 	err = errors.Join(err, r.firewall.endDiverted(cfg)) // also those that an earlier daemon left
 	r.ask(func(l *loop) {
-		l.ruleWarnings, l.hidden, l.overtaken = warnings, r.firewall.hidden, r.firewall.overtaken
+		l.ruleWarnings, l.overtaken = warnings, r.firewall.overtaken
 		l.warned.Tell(r.now(), l.warnings())
 	})
-	known := r.firewall.forwardsKnown
+	hidden, known := r.firewall.hidden, r.firewall.forwardsKnown
 	if known != r.forwardsKnown || r.firewall.understood != r.unheard {
 		err = errors.Join(err, r.filterEvents(cfg))
 	}
-	if covered != r.forwarded || known != r.forwardsKnown {
-		r.forwarded, r.forwardsKnown = covered, known
-		r.ask(func(l *loop) { l.engine.Model.BeginForwards(r.now(), covered.Forwards, known) })
+	if covered != r.forwarded || hidden != r.hidden || known != r.forwardsKnown {
+		r.forwarded, r.hidden, r.forwardsKnown = covered, hidden, known
+		r.ask(func(l *loop) { l.engine.Model.BeginForwards(r.now(), leads(covered, hidden), known) })
 		for at := 0; at >= 0; {
 			if !r.ask(func(l *loop) { at = l.engine.Model.ReviewForwards(r.now(), at, flowsAtOnce) }) {
 				return errEnded

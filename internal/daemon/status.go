@@ -13,7 +13,6 @@ import (
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/engine"
 	"github.com/conenatd/conenatd/internal/handover"
-	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // source answers the control socket; Reload, Revoke and Flush are those of shared.
@@ -181,11 +180,9 @@ func (s source) Permissions(yield func(control.Permission) bool) error {
 		return err
 	}
 	piece := make([]shownView, 0, atOnce)
-	var hidden *userrules.Covered
 	for at := 0; at >= 0; {
 		piece = piece[:0]
 		ok := s.do(func(l *loop) {
-			hidden = l.hidden
 			at = l.engine.Model.Walk(at, atOnce, func(v cone.View) {
 				piece = append(piece, shownView{v, l.lost(&v)})
 			})
@@ -194,7 +191,7 @@ func (s source) Permissions(yield func(control.Permission) bool) error {
 			return errEnded
 		}
 		for i := range piece {
-			if !yield(s.permission(&piece[i].View, hidden, piece[i].lost)) {
+			if !yield(s.permission(&piece[i].View, piece[i].lost)) {
 				return nil
 			}
 		}
@@ -243,7 +240,7 @@ func (l *loop) lost(v *cone.View) cone.Reason {
 // permission is a claim as the control socket shows it. A claim in the map is shown as refused
 // if all its packets match a forward of the user's, which comes before the map: it admits
 // nobody as long as that forward is there. lost says why what it admits is lost, if it is.
-func (s *shared) permission(v *cone.View, hidden *userrules.Covered, lost cone.Reason) control.Permission {
+func (s *shared) permission(v *cone.View, lost cone.Reason) control.Permission {
 	p := control.Permission{
 		Int: v.Int.Netip(), Ext: v.Ext.Netip(), Peer: v.Peer.Netip(), Peers: peers(v.Key), Zone: v.Zone,
 		State: v.State.String(), Reason: v.Reason.String(), Backend: v.By.String(),
@@ -251,7 +248,7 @@ func (s *shared) permission(v *cone.View, hidden *userrules.Covered, lost cone.R
 	}
 	switch {
 	case v.State != cone.StateStanding:
-	case v.By == cone.ByMap && hidden.ConflictsWith(v.Permission):
+	case v.By == cone.ByMap && v.Hidden:
 		p.State, p.Reason = cone.StateRefused.String(), cone.ReasonForwarded.String()
 	default:
 		p.Since, p.Expires = s.wall(v.Since), s.wall(v.Expires)
