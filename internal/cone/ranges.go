@@ -103,6 +103,9 @@ func (r AddrRange) Has(a netip.Addr) bool {
 	return r.First.BitLen() == a.BitLen() && r.First.Compare(a) <= 0 && a.Compare(r.Last) <= 0
 }
 
+// Overlaps reports whether two ranges have an address in common.
+func (r AddrRange) Overlaps(o AddrRange) bool { return r.Has(o.First) || o.Has(r.First) }
+
 // Few reports whether there are at most that many addresses.
 func (r AddrRange) Few(most int) bool {
 	for a := r.First; most > 0 && a.IsValid(); a, most = a.Next(), most-1 {

@@ -240,11 +240,6 @@ func (p PortPool) Ranges() (all cone.PortRanges) {
 	return all
 }
 
-// poolOf returns the pool with these ports.
-func poolOf(ranges cone.PortRanges) PortPool {
-	return PortPool(ranges.Merged().Text())
-}
-
 // Filtering says who may send to a mapping.
 type Filtering string
 

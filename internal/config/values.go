@@ -153,7 +153,7 @@ func portPool(v any) (PortPool, error) {
 	if len(ranges) == 0 {
 		return "", expected(poolForm, v)
 	}
-	return poolOf(ranges), nil
+	return PortPool(ranges.Merged().Text()), nil
 }
 
 const poolForm = `ports such as "61000-65535" or ["7472-7487", "11568-11583"], or "none"`

@@ -307,7 +307,7 @@ func (f *firewall) read(cfg config.Config) (t control.Tables, err error) {
 	f.counted.Count(c)
 	f.zoned.Packets.Read(c.Zoned())
 	f.unexpected.Packets.Read(c.Unexpected())
-	f.unsure.count(c["unsure"])
+	f.unsure.flows.Read(c["unsure"])
 	return f.counted, nil
 }
 

@@ -184,7 +184,7 @@ func (f *firewall) isOneToOne(r userrules.Forward) bool {
 			masquerades = masquerades || n.Masquerade && n.LeavesBy(link) && of(own)
 		}
 		return n.Unknown || masquerades || slices.ContainsFunc(n.Addrs, func(a cone.AddrRange) bool {
-			return slices.ContainsFunc(r.Addrs, func(x cone.AddrRange) bool { return x.Has(a.First) || a.Has(x.First) })
+			return slices.ContainsFunc(r.Addrs, a.Overlaps)
 		})
 	})
 }

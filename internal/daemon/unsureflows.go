@@ -23,9 +23,6 @@ func (d *unsureFlows) observe(hidden bool, inside []string) {
 	}
 }
 
-// count takes in the counter of the tables.
-func (d *unsureFlows) count(unsure uint64) { d.flows.Read(unsure) }
-
 func (d *unsureFlows) warnings() (out warnings) {
 	if n := d.flows.Total - d.before; d.hidden && n > 0 {
 		out.add(warnWayBackUnknown, "", "flows of inside hosts earned no permission, %d so far: they came by another link than the way back to their hosts "+

@@ -41,7 +41,7 @@ func (rs *Ruleset) Untracked(sides Sides, routed []netip.Prefix) (found []Untrac
 			}
 			for _, s := range subnets {
 				u := Untracked{s, fromPeers, orEvery(c.ports), r.title(t), r.spec}
-				if c.family != unix.NFPROTO_INET && c.family != familyOf(s) || hosts != nil && !overlaps(hosts, s) && (!fromPeers || slices.Contains(routed, s)) {
+				if c.family != unix.NFPROTO_INET && c.family != familyOf(s) || hosts != nil && !slices.ContainsFunc(hosts, cone.RangeOf(s).Overlaps) && (!fromPeers || slices.Contains(routed, s)) {
 					continue
 				}
 				if !slices.ContainsFunc(found, func(o Untracked) bool {
@@ -86,11 +86,6 @@ func (rs *Ruleset) Untracked(sides Sides, routed []netip.Prefix) (found []Untrac
 // mayBePeers reports whether one of the sources, nil for any, is no private address.
 func mayBePeers(sources cone.AddrRanges) bool {
 	return sources == nil || slices.ContainsFunc(sources, func(r cone.AddrRange) bool { return !r.First.IsPrivate() || !r.Last.IsPrivate() })
-}
-
-// overlaps reports whether a prefix has one of the addresses.
-func overlaps(addrs cone.AddrRanges, p netip.Prefix) bool {
-	return len(intersectAddrs(addrs, cone.AddrRanges{cone.RangeOf(p)})) > 0
 }
 
 // untracks reports whether a statement keeps packets from conntrack.

@@ -108,8 +108,6 @@ func translated(out *Link, notFrom []Link, source *origin) *child {
 
 // overlapsAny reports whether an address from low to high is in one of the prefixes.
 func overlapsAny(prefixes []netip.Prefix, low, high []byte) bool {
-	asked := cone.AddrRanges{addrRange(filled(low, 4, 0), filled(high, 4, 0xff))}
-	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool {
-		return len(intersectAddrs(asked, cone.AddrRanges{cone.RangeOf(p)})) > 0
-	})
+	asked := addrRange(filled(low, 4, 0), filled(high, 4, 0xff))
+	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return cone.RangeOf(p).Overlaps(asked) })
 }
