@@ -4,9 +4,10 @@ import (
 	"errors"
 	"fmt"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/nfnl"
-	"golang.org/x/sys/unix"
 )
 
 // Cleaned counts what Cleanup removed from the kernel.

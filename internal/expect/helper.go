@@ -5,9 +5,10 @@ import (
 	"fmt"
 	"net/netip"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/nfnl"
-	"golang.org/x/sys/unix"
 )
 
 // OwnName returns the name of our helper in the network namespace behind the descriptor

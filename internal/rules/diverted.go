@@ -4,8 +4,9 @@ import (
 	"fmt"
 	"slices"
 
-	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // A Diversion is what a rule of the user's takes from inside hosts: new flows to ports of peers,

@@ -6,9 +6,10 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // notUnicast are the IPv4 prefixes whose addresses cannot be peers.

@@ -9,9 +9,10 @@ import (
 	"strings"
 	"time"
 
-	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // Text returns the tables with that name which do what d wants, as a file that nft loads.

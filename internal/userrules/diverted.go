@@ -5,10 +5,11 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/xt"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // A Diversion is what a rule takes from inside hosts: new UDP flows to some ports, which it

@@ -4,9 +4,10 @@ import (
 	"fmt"
 	"slices"
 
-	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // Forwards returns what the rules do to UDP packets that come in by one of the links

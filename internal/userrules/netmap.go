@@ -3,9 +3,10 @@ package userrules
 import (
 	"net/netip"
 
-	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/xt"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // A netmap translates the outside addresses in from to those of a prefix with the same low bits.

@@ -4,9 +4,10 @@ import (
 	"slices"
 	"sort"
 
-	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // mostPassed limits the conditions that a letPass has. What other rules let pass is not taken out

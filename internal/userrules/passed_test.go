@@ -7,8 +7,9 @@ import (
 	"slices"
 	"testing"
 
-	"github.com/conenatd/conenatd/internal/cone"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // Conditions without those of earlier rules have all packets that the rules do not let pass,

@@ -6,10 +6,11 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/xt"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // A SourceNAT says to what a rule translates the sources of IPv4 packets, for UDP packets.

@@ -5,9 +5,10 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // Uplinks returns the names of the links that lead outside according to the rules: packets
