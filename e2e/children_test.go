@@ -113,3 +113,47 @@ func TestNFTChildrenHaveALabelAndForwardsHaveNone(t *testing.T) {
 		}
 	}
 }
+
+// An unanswered child that an expectation admitted ends with its permission, too, even if the next
+// daemon comes after the anchor has ended: the kernel remembers who expected the child.
+//
+// Fails when a daemon that starts, or cleanup, knows such children by the anchors that are there.
+func TestUnansweredChildrenOfExpectationsEndWithTheirPermission(t *testing.T) {
+	t.Parallel() // mostly it waits
+	stage.NeedsExpect(t)
+	for _, mode := range [][]string{stage.Expect, stage.Auto} {
+		for name, next := range map[string]func(s *scene){
+			"start": func(s *scene) { s.Start(stage.Flags(mode)...) },
+			"cleanup": func(s *scene) {
+				if out, code := s.CLI("cleanup"); code != 0 || !strings.Contains(out, "1 unanswered child\n") {
+					s.T.Errorf("exit %d, %q", code, out)
+				}
+			},
+		} {
+			t.Run(mode[0]+"/"+name, func(t *testing.T) {
+				s := play(t, lab.Options{Rules: lab.Masquerade + lab.DropPolicy}, mode...)
+				s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
+				phone, proxy, child := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
+				ext := s.Contact(phone, proxy)
+				s.Stands(phone, proxy, ext)
+				s.Arrives(phone, child, ext)
+				s.Kill()
+				// The host's flow, and with the anchor its expectation.
+				_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-src", phone.Addr().Addr().String())
+				s.Must(err)
+				if len(s.Elements()) > 0 {
+					s.Must(s.NFT("flush map ip conenat permissions"))
+				}
+				s.Arrives(phone, child, ext) // by the kernel's flow alone
+				if left := s.InKernel(); len(left) > 0 || len(s.Anchors()) > 0 {
+					t.Fatalf("the kernel has %q\n%s", left, s.Dump())
+				}
+				next(s)
+				s.Until("the child is gone", func() bool { return !s.hasFlowFrom(child) })
+				fence := s.PeerSocket(lab.PeerB, 5060)
+				s.Contact(phone, fence)
+				s.Lost(phone, child, ext, fence)
+			})
+		}
+	}
+}
