@@ -123,6 +123,27 @@ func TestMissingPrivilegeNamesTheFix(t *testing.T) {
 	}
 }
 
+// Fails when root is not told which of its capabilities conenatd lacks for what it is to open.
+func TestRootIsToldWhatItCannotOpen(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	foreign := t.TempDir()
+	s.Must(os.Chown(foreign, 65534, 65534))
+	for flag, want := range map[string]string{
+		"--control-socket=" + foreign + "/c.sock":        "keeps CAP_NET_ADMIN alone",
+		"--control-socket=" + foreign + "/folder/c.sock": "keeps CAP_NET_ADMIN alone",
+		"--audit-log=" + foreign + "/audit.log":          "make its folder writable for conenatd",
+		"--metrics-listen=127.0.0.1:80":                  "has no CAP_NET_BIND_SERVICE",
+	} {
+		out, code := s.CLI("run", "--subnet="+lab.InsideNet.String(), flag)
+		if code == 0 || !strings.Contains(out, want) || strings.Count(out, "\n") != 1 {
+			t.Errorf("%s: exit status %d, %q", flag, code, out)
+		}
+	}
+	if left := s.Leftovers(); len(left) > 0 {
+		t.Errorf("left in the kernel: %q", left)
+	}
+}
+
 // Fails when a user without privileges is told that nothing is left, or not what he needs.
 func TestCommandsWithoutPrivilegeNameIt(t *testing.T) {
 	s := newScene(t, lab.Options{})

@@ -67,7 +67,7 @@ func shareFolder(path, folder string) error {
 // network namespaces, which may never get a new daemon.
 func Listen(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("make directory of control socket: %w", err)
+		return nil, fmt.Errorf("make directory of control socket: %w", denied(err))
 	}
 	ln, err := bind(path)
 	if errors.Is(err, unix.EADDRINUSE) {
@@ -77,7 +77,7 @@ func Listen(path string) (net.Listener, error) {
 		ln, err = bind(path)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("open control socket: %w", err)
+		return nil, fmt.Errorf("open control socket: %w", denied(err))
 	}
 	// Restore the bits that the umask removed.
 	if err := os.Chmod(path, socketMode); err != nil {
@@ -87,6 +87,14 @@ func Listen(path string) (net.Listener, error) {
 		sweep(folder, staleTime)
 	}
 	return ln, nil
+}
+
+// denied says what a user, and root without its capabilities, may need. Other errors remain as they are.
+func denied(err error) error {
+	if errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("%w; choose a folder of the user that runs conenatd (root, too, cannot write into those of others: it keeps CAP_NET_ADMIN alone)", err)
+	}
+	return err
 }
 
 // stale reports whether path is a socket on which nobody answers.

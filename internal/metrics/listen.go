@@ -23,7 +23,10 @@ func Listen(addr netip.AddrPort) (ln net.Listener, absent bool, err error) {
 	if absent = errors.Is(err, unix.EADDRNOTAVAIL); absent {
 		ln, err = listen(addr, freeBind)
 	}
-	if err != nil {
+	switch {
+	case errors.Is(err, unix.EACCES):
+		return nil, absent, fmt.Errorf("metrics_listen: %w; conenatd has no CAP_NET_BIND_SERVICE, so give it a port from 1024 on", err)
+	case err != nil:
 		return nil, absent, fmt.Errorf("metrics_listen: %w; give it an address of this gateway and a port that no other program has", err)
 	}
 	return ln, absent, nil
