@@ -36,6 +36,17 @@ var brokenPlays = map[string]brokenPlay{
 	"older than the rule, of iptables-legacy": {
 		tracked, "", func(s *scene) { s.Must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade)) }, "wan0", "198.51.100.1",
 	},
+	"older than a map": {
+		tracked, "", func(s *scene) {
+			s.Must(s.NFT(natChain("srcnat", "snat to ip saddr map { 10.47.11.109 : 198.51.100.1 }")))
+		}, "wan0", "198.51.100.1",
+	},
+	"older than a 1:1 rule of iptables": {
+		tracked, "", func(s *scene) {
+			s.IP(s.Outside, "route add 198.51.100.8/30 via 198.51.100.1")
+			s.Must(s.IPTables(lab.IPTablesNFT, "*nat\n-A POSTROUTING -o wan0 -s 10.47.11.108/30 -j NETMAP --to 198.51.100.8/30\nCOMMIT\n"))
+		}, "wan0", "198.51.100.9",
+	},
 	// A re-dial changes the address, and a script replaces the rule.
 	"another address": {
 		fixedSource("wan0", "198.51.100.1"), "198.51.100.1", func(s *scene) {
@@ -53,6 +64,11 @@ var brokenPlays = map[string]brokenPlay{
 			s.IP(s.Gateway, "route replace default via 198.51.100.254 dev wan1 onlink")
 		}, "wan1", "198.51.100.129",
 	},
+	"another uplink, by a map": {
+		natTable(`snat to oifname map { "wan0" : 198.51.100.1, "wan1" : 198.51.100.129 }`), "198.51.100.1", func(s *scene) {
+			s.IP(s.Gateway, "route replace default via 198.51.100.254 dev wan1 onlink")
+		}, "wan1", "198.51.100.129",
+	},
 	"another uplink, and the first is down": {
 		eachItsOwn, "198.51.100.1", func(s *scene) { s.IP(s.Gateway, "link set wan0 down") }, "wan1", "198.51.100.129",
 	},
@@ -63,12 +79,16 @@ var eachItsOwn = fixedSource("wan0", "198.51.100.1", "wan1", "198.51.100.129")
 
 // fixedSource is a table that translates to an address on each link.
 func fixedSource(linksAndAddrs ...string) string {
-	var b strings.Builder
-	b.WriteString("table ip nat { chain postrouting { type nat hook postrouting priority srcnat; ")
+	var rules []string
 	for pair := range slices.Chunk(linksAndAddrs, 2) {
-		b.WriteString("oifname " + pair[0] + " snat to " + pair[1] + "; ")
+		rules = append(rules, "oifname "+pair[0]+" snat to "+pair[1])
 	}
-	return b.String() + "}; }"
+	return natTable(rules...)
+}
+
+// natTable is a table with a source NAT chain.
+func natTable(rules ...string) string {
+	return "table ip nat { chain postrouting { type nat hook postrouting priority srcnat; " + strings.Join(rules, "; ") + "; }; }"
 }
 
 // broken plays until the flow is broken, and returns its endpoints.

@@ -33,8 +33,8 @@ type hookWalk struct {
 	// are accepted, it may have most.
 	listed bool
 	at     string // the chain of the last statement
-	// translator gets the rules that may translate the packets. It may be nil.
-	translator func(r *rule)
+	// translator gets the rules that may translate the packets, with the registers then. It may be nil.
+	translator func(r *rule, regs *cells)
 	members    *Members // nil if only the elements count that were read
 }
 
@@ -108,7 +108,7 @@ func (w *hookWalk) rule(r *rule) (fates, error) {
 		}
 		likely := w.weigh(match)
 		if end == translates && likely != never && w.translator != nil {
-			w.translator(r)
+			w.translator(r, &regs)
 		}
 		switch likely {
 		case never:

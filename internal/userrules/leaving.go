@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -55,8 +56,11 @@ func (rs *Ruleset) SourcesOf(p Leaving) (n Sources, known bool) {
 			break // the first chain that translates ends it; of two at one priority that is unknown
 		}
 		w := hookWalk{table: c.table, child: packet, known: map[string]fates{}}
-		w.translator = func(r *rule) {
+		w.translator = func(r *rule, regs *cells) {
 			one := c.table.sourceNAT(r)
+			if addr, is := r.sourceIn(regs, len(packet.source())); is {
+				one.Addrs, one.Unknown = cone.AddrRanges{addr}, false
+			}
 			n.Addrs = append(n.Addrs, one.Addrs...)
 			n.Masquerade, known = n.Masquerade || one.Masquerade, known && !one.Unknown
 		}
@@ -69,6 +73,32 @@ func (rs *Ruleset) SourcesOf(p Leaving) (n Sources, known bool) {
 		}
 	}
 	return n, known
+}
+
+// sourceIn returns the addresses of this size that a statement of nftables translates to, as the registers
+// have them: those that a map has for the packet, say.
+func (r *rule) sourceIn(regs *cells, size int) (a cone.AddrRange, known bool) {
+	for _, s := range r.statements {
+		if e, is := s.expr.(*expr.NAT); is && s.translatesSource() && e.RegAddrMin != 0 {
+			a.First = knownAddr(regs.get(e.RegAddrMin, size))
+			if a.Last = a.First; e.RegAddrMax != 0 {
+				a.Last = knownAddr(regs.get(e.RegAddrMax, size))
+			}
+		}
+	}
+	return a, a.First.IsValid() && a.Last.IsValid()
+}
+
+// knownAddr returns the address in cells, or an invalid one if it is not wholly known.
+func knownAddr(cells []cell) (a netip.Addr) {
+	b := make([]byte, len(cells))
+	for i, c := range cells {
+		if b[i] = c.val; c.known != 0xff {
+			return a
+		}
+	}
+	a, _ = netip.AddrFromSlice(b)
+	return a
 }
 
 // SameSources reports whether the rules that SourcesOf follows are those of o. It may be false

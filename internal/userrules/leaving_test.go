@@ -35,7 +35,12 @@ func TestSourceOfAPacket(t *testing.T) {
 		"perhaps in an earlier chain": {nat(chain("90", `meta mark 7 snat to 198.51.100.9`) + chain("srcnat", `masquerade`)), "198.51.100.9 or masquerade"},
 		"IPsec is exempt":             {nat(chain("srcnat", `rt ipsec exists accept; masquerade`)), perhaps},
 		"dropped":                     {nat(chain("srcnat", `udp dport 5060 drop; masquerade`)), unsure},
-		"by a map":                    {nat(chain("srcnat", `snat to ip saddr map { 10.47.11.109 : 198.51.100.1 }`)), "198.51.100.1"},
+		"by a map":                    {nat(chain("srcnat", `snat to ip saddr map { 10.47.11.109 : 198.51.100.1, 10.47.11.110 : 198.51.100.9 }`)), "198.51.100.1"},
+		"by a map of links":           {nat(chain("srcnat", `snat to oifname map { "wan0" : 198.51.100.1, "wan1" : 198.51.100.9 }`)), "198.51.100.1"},
+		"by a map for others":         {nat(chain("srcnat", `snat to ip saddr map { 10.47.11.110 : 198.51.100.9 }`)), asIs},
+		"by a map of ports":           {nat(chain("srcnat", `meta l4proto udp snat ip to ip saddr map { 10.47.11.109 : 198.51.100.1 . 7000-7015 }`)), "198.51.100.1"},
+		"by a map of prefixes":        {nat(chain("srcnat", `snat ip prefix to ip saddr map { 10.47.11.108/30 : 198.51.100.8/30 }`)), "198.51.100.8-198.51.100.11"},
+		"by a map of marks":           {nat(chain("srcnat", `snat to meta mark map { 7 : 198.51.100.9 }`)), "198.51.100.9 or as it is"},
 		"by a map of the time":        {nat("map m { type ipv4_addr : ipv4_addr; flags timeout; elements = { 10.47.11.109 : 198.51.100.1 }; }; " + chain("srcnat", `snat to ip saddr map @m`)), unsure},
 		"an earlier chain":            {nat(chain("90", `snat to 198.51.100.9`) + chain("srcnat", `masquerade`)), "198.51.100.9"},
 		"exempt in one chain":         {nat(chain("90", `accept`) + chain("srcnat", `masquerade`)), masquerade},
@@ -56,6 +61,7 @@ func TestSourceOfAPacket(t *testing.T) {
 		"masquerade":      {"table ip6 nat { " + chain("srcnat", `oifname "wan*" masquerade`) + " }", masquerade},
 		"of both":         {"table inet nat { " + chain("srcnat", `masquerade`) + " }", masquerade},
 		"a fixed address": {"table ip6 nat { " + chain("srcnat", `ip6 saddr 2001:db8:47::/64 snat to 2001:db8:1::9`) + " }", "2001:db8:1::9"},
+		"a prefix":        {"table ip6 nat { " + chain("srcnat", `ip6 saddr 2001:db8:47::/64 snat prefix to ip6 saddr map { 2001:db8:47::/64 : 2001:db8:1::/64 }`) + " }", "2001:db8:1::-2001:db8:1:0:ffff:ffff:ffff:ffff"},
 		"the peer's port": {"table ip6 nat { " + chain("srcnat", `udp dport 5061 masquerade`) + " }", asIs},
 		"by a map":        {"table ip6 nat { " + chain("srcnat", `snat to ip6 saddr map { 2001:db8:47::109 : 2001:db8:1::9 }`) + " }", "2001:db8:1::9"},
 		"exempt":          {"table ip6 nat { " + chain("srcnat", `ip6 daddr 2001:db8:5::/48 accept; masquerade`) + " }", asIs},
@@ -70,6 +76,7 @@ func TestSourceOfAPacket(t *testing.T) {
 	for name, tt := range map[string]struct{ rules, want string }{
 		"masquerade":      {"-o wan0 -j MASQUERADE", masquerade},
 		"a fixed address": {"-s 10.47.11.0/24 -j SNAT --to-source 198.51.100.1", "198.51.100.1"},
+		"NETMAP":          {"-s 10.47.11.0/24 -j NETMAP --to 198.51.100.8/30", "198.51.100.8-198.51.100.11"},
 		"exempt":          {"-d 203.0.113.5 -j ACCEPT\n-A POSTROUTING -j MASQUERADE", asIs},
 		"perhaps exempt":  {"-m policy --dir out --pol ipsec -j ACCEPT\n-A POSTROUTING -j MASQUERADE", perhaps},
 	} {
@@ -120,7 +127,7 @@ func sourceFrom(t *testing.T, l *lab.Lab, src, dst, want string) {
 	var all []string
 	for _, r := range n.Addrs {
 		if all = append(all, r.First.String()); r.First != r.Last {
-			t.Errorf("a range: %v", r)
+			all[len(all)-1] += "-" + r.Last.String()
 		}
 	}
 	if n.Masquerade {
