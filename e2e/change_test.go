@@ -210,7 +210,11 @@ func TestChildrenBeyondTheirLimitGo(t *testing.T) {
 // Fails when answered flows, or the kernel alone, let more in.
 func TestLiveChildrenAreLimitedWithoutADaemon(t *testing.T) {
 	const most = 3
-	s := play(t, lab.Options{}, "--max-children", strconv.Itoa(most), "--peer-group", netip.PrefixFrom(lab.PeerA, 28).Masked().String())
+	group := netip.PrefixFrom(lab.PeerA, 28).Masked()
+	s := play(t, lab.Options{}, "--max-children", strconv.Itoa(most), "--peer-group", group.String())
+	if got := s.Status().PeerGroups; !slices.Equal(got, []netip.Prefix{group}) {
+		t.Errorf("status has the peer groups %v", got)
+	}
 	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 	ext := s.Contact(phone, proxy)
 	for _, peer := range []netip.Addr{lab.PeerA, lab.PeerB} { // expectations are for one each

@@ -7,7 +7,7 @@ func (s Status) MarshalJSON() ([]byte, error) {
 	type plain Status // without this method
 	s.Subnets, s.Warnings, s.Findings = some(s.Subnets), some(s.Warnings), some(s.Findings)
 	s.Outside, s.OutsideIPv6Only = some(s.Outside), some(s.OutsideIPv6Only)
-	s.ExcludePeerPorts = some(s.ExcludePeerPorts)
+	s.PeerGroups, s.ExcludePeerPorts = some(s.PeerGroups), some(s.ExcludePeerPorts)
 	s.BrokenFlows, s.Latency.Buckets = some(s.BrokenFlows), some(s.Latency.Buckets)
 	c := &s.Counters
 	for _, m := range []*map[string]uint64{&c.Repaired, &c.Refused, &c.Revoked, &c.Skipped, &c.SkippedLinks, &c.Failed, &s.Tables.Mapping.NotApplied} {

@@ -33,7 +33,8 @@ var full = Status{
 			By: "expect+nft", Why: "unread", Error: "list chains: interrupted",
 		}},
 	},
-	Outside: []string{"wan0", "wan1"}, OutsideIPv6Only: []string{"wan1"}, ExcludePeerPorts: []PortRange{{53, 53}, {10000, 20000}}, Lifetime: 300,
+	Outside: []string{"wan0", "wan1"}, OutsideIPv6Only: []string{"wan1"},
+	PeerGroups: []netip.Prefix{netip.MustParsePrefix("203.0.113.0/28"), netip.MustParsePrefix("2001:db8:5::/48")}, ExcludePeerPorts: []PortRange{{53, 53}, {10000, 20000}}, Lifetime: 300,
 	Permissions: Permissions{Standing: 40, Refused: 2, Waiting: 1, Limit: 65536},
 	Tables: Tables{Mapping: Mapping{
 		On: true, Moved: 3, PoolUsedUp: 2, Left: 1, Shared: 6, Hairpinned: 4,

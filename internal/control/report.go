@@ -78,6 +78,9 @@ func (t *statusText) served(now time.Time) {
 		t.line("carried by", "%s (%s)", c.text, t.few(c.subnets))
 	}
 	t.line("outside", "%s", t.few(t.Outside))
+	if len(t.PeerGroups) > 0 {
+		t.line("peer groups", "%s", t.few(texts(t.PeerGroups)))
+	}
 	t.line("permissions", "%d standing (limit %d, %d as expectations), %d refused, %d waiting for another owner",
 		p.Standing, p.Limit, p.Expectations, p.Refused, p.Waiting)
 }
@@ -226,12 +229,14 @@ func Few(all []string) []string {
 }
 
 // Joined joins the texts of all.
-func Joined[T fmt.Stringer](all []T, between string) string {
-	texts := make([]string, len(all))
+func Joined[T fmt.Stringer](all []T, between string) string { return strings.Join(texts(all), between) }
+
+func texts[T fmt.Stringer](all []T) []string {
+	out := make([]string, len(all))
 	for i, x := range all {
-		texts[i] = x.String()
+		out[i] = x.String()
 	}
-	return strings.Join(texts, between)
+	return out
 }
 
 // Prefixes returns the prefixes of subnets.

@@ -75,6 +75,8 @@ type Status struct {
 	Subnets         []Subnet `json:"subnets"`
 	Outside         []string `json:"outside"`           // outside links
 	OutsideIPv6Only []string `json:"outside_ipv6_only"` // those of them that are outside links for IPv6 alone
+	// PeerGroups are prefixes of peers that count as one.
+	PeerGroups []netip.Prefix `json:"peer_groups"`
 	// ExcludePeerPorts are the peer ports that give no permission.
 	ExcludePeerPorts []PortRange `json:"exclude_peer_ports"`
 	Lifetime         float64     `json:"lifetime_s"` // in seconds

@@ -150,7 +150,7 @@ func (x *examination) status() control.Status {
 	st := control.Status{
 		Backend: l.backends.String(), Lifetime: l.cfg.Lifetime.Seconds(), Conntrack: l.kernel,
 		Outside: l.network.OutsideLinks(), OutsideIPv6Only: l.network.OutsideLinksIPv6Only(),
-		ExcludePeerPorts: l.excludedPeerPorts(),
+		PeerGroups: l.cfg.PeerGroups, ExcludePeerPorts: l.excludedPeerPorts(),
 	}
 	st.Helper.IPv4, st.Helper.IPv6 = l.helper(false), l.helper(true)
 	for _, s := range l.cfg.Subnets {

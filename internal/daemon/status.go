@@ -44,7 +44,7 @@ func (s source) Status() control.Status {
 			st.Subnets = append(st.Subnets, l.subnet(n))
 		}
 		st.Outside, st.OutsideIPv6Only = l.network.OutsideLinks(), l.network.OutsideLinksIPv6Only()
-		st.ExcludePeerPorts = l.excludedPeerPorts()
+		st.PeerGroups, st.ExcludePeerPorts = l.cfg.PeerGroups, l.excludedPeerPorts()
 		warnings := l.warnings()
 		st.Warnings, st.Findings = warnings.texts(), warnings
 		st.Backend = l.backends.String()

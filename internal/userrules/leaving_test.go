@@ -41,6 +41,7 @@ func TestSourceOfAPacket(t *testing.T) {
 		"by a map of ports":           {nat(chain("srcnat", `meta l4proto udp snat ip to ip saddr map { 10.47.11.109 : 198.51.100.1 . 7000-7015 }`)), "198.51.100.1"},
 		"by a map of prefixes":        {nat(chain("srcnat", `snat ip prefix to ip saddr map { 10.47.11.108/30 : 198.51.100.8/30 }`)), "198.51.100.8-198.51.100.11"},
 		"by a map of marks":           {nat(chain("srcnat", `snat to meta mark map { 7 : 198.51.100.9 }`)), "198.51.100.9 or as it is"},
+		"by a named map":              {nat("map m { type ipv4_addr : ipv4_addr; elements = { 10.47.11.109 : 198.51.100.1, 10.47.11.110 : 198.51.100.9 }; }; " + chain("srcnat", `snat to ip saddr map @m`)), "198.51.100.1"},
 		"by a map of the time":        {nat("map m { type ipv4_addr : ipv4_addr; flags timeout; elements = { 10.47.11.109 : 198.51.100.1 }; }; " + chain("srcnat", `snat to ip saddr map @m`)), unsure},
 		"an earlier chain":            {nat(chain("90", `snat to 198.51.100.9`) + chain("srcnat", `masquerade`)), "198.51.100.9"},
 		"exempt in one chain":         {nat(chain("90", `accept`) + chain("srcnat", `masquerade`)), masquerade},
