@@ -88,7 +88,7 @@ func (l *loop) warnings() (out warnings) {
 	l.warnDown(&out)
 	l.warnLeftOut(&out)
 	if len(l.network.OutsideLinks()) == 0 && len(l.network.Missing) == 0 {
-		out.add(warnNoOutside, "", `no outside link: none has a default route, no rule translates by one and no translated flow left; name one with --outside`)
+		out.add(warnNoOutside, "", `no outside link: none has a default route, no rule translates by one with routes beyond its own network, and no translated flow left; name one with --outside, or wait if this is a standby gateway`)
 	}
 	l.warnRoom(&out)
 	l.warnElsewhere(&out)
