@@ -170,15 +170,21 @@ func TestTheUnitLetsTheDaemonWriteWhereItIsSaid(t *testing.T) {
 	}
 	roots := map[string]string{"Runtime": "/run/", "Logs": "/var/log/", "State": "/var/lib/", "Cache": "/var/cache/", "Configuration": "/etc/"}
 	var writable []string
-	temporary, protected := "/var/tmp", false
+	closed := map[string]bool{ // what the daemon could write without
+		"ProtectSystem=strict": true, "ProtectHome=yes": true, "ProtectKernelTunables=yes": true,
+		"ProtectControlGroups=yes": true, "PrivateDevices=yes": true,
+	}
+	temporary := "/var/tmp"
 	for line := range strings.Lines(string(unit)) {
 		key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
 		root, isDirectory := roots[strings.TrimSuffix(key, "Directory")]
 		switch {
-		case line == "ProtectSystem=strict\n":
-			protected = true
+		case closed[strings.TrimSpace(line)]:
+			delete(closed, strings.TrimSpace(line))
+		case strings.HasPrefix(key, "Bind") || key == "TemporaryFileSystem" || key == "ReadWriteDirectories":
+			t.Errorf("the unit has %s, of which this test knows nothing", key)
 		case line == "PrivateTmp=yes\n":
-			temporary = "a /tmp of its own"
+			temporary = "a /tmp and a /dev/shm of its own"
 		case key == "ReadWritePaths":
 			for path := range strings.FieldsSeq(value) {
 				writable = append(writable, filepath.Base(path))
@@ -189,8 +195,8 @@ func TestTheUnitLetsTheDaemonWriteWhereItIsSaid(t *testing.T) {
 			}
 		}
 	}
-	if !protected {
-		t.Error("the unit lets the daemon write anywhere")
+	for directive := range closed {
+		t.Errorf("the unit lacks %s", directive)
 	}
 	_, rest, _ := strings.Cut(string(said), "it can write only to")
 	list, _, found := strings.Cut(rest, "and most system calls")

@@ -37,6 +37,7 @@ type firewall struct {
 	mappedAddrs map[cone.Addr]struct{}    // outside addresses that mappings had
 	holders     map[cone.Addr]string      // outside links by their addresses, when mappings moved last
 	leftBy      []string                  // leaving4 then
+	movedBy     *userrules.Ruleset        // the user's rules then
 	choosers    []userrules.SourceNAT     // rules of the user's that choose outside ports
 	sources     []userrules.SourceNAT     // all rules that translate sources, if mappings are wanted
 	ownAddrs    map[string]netip.Addr     // what a masquerade gives, by link

@@ -88,38 +88,39 @@ func (f *firewall) given(c *rules.MappingConfig, network gateway.Network) *mappi
 	return mapping.NewGiven(f.sources, f.ownAddrs, links, c.Subnets, flows.NewSources(network, f.known).Lost)
 }
 
-// moveMappings lets mappings follow their outside address to the link that has it now, and those of an
-// address that no outside link has to the only link by which packets leave, if rules give it there. So
-// a host keeps its outside endpoint when its uplink becomes a port of a bridge, or is another link.
+// moveMappings lets mappings follow their outside address to the link that has it now, or of which their
+// own has become a port, if packets leave by that one and no longer by their own. So a host keeps its
+// outside endpoint when its uplink becomes a port of a bridge, or is another link. A link that is only
+// down keeps its mappings: it comes back.
 func (f *firewall) moveMappings(cfg config.Config, network gateway.Network) error {
 	c, holders := f.mappingConfig(cfg), outsideAddrs(network)
-	if c == nil || !f.maps() || maps.Equal(holders, f.holders) && slices.Equal(f.leaving4, f.leftBy) {
+	if c == nil || !f.maps() || maps.Equal(holders, f.holders) && slices.Equal(f.leaving4, f.leftBy) && f.user == f.movedBy {
 		return nil
 	}
 	g := f.given(c, network)
 	if g == nil {
 		return nil
 	}
-	var only cone.Addr // of the only link
-	if len(f.leaving4) == 1 {
-		for _, l := range network.Links {
-			if addr, ok := f.onlyAddress(l, c.Subnets); ok && l.Name == f.leaving4[0] {
-				only = cone.AddrFrom(addr)
+	err := g.Move(f.tables.NewMappings(c), func(x elements.Mapping) string {
+		to := holders[x.Ext.Addr]
+		if i := slices.IndexFunc(network.Links, func(l gateway.Link) bool { return l.Name == x.Link }); i >= 0 {
+			l := network.Links[i]
+			if slices.ContainsFunc(network.Addrs, func(a gateway.Addr) bool { return a.Link == l.Index && a.Prefix.Addr() == x.Ext.Addr.Netip() }) {
+				return x.Link
+			}
+			for _, master := range network.Links {
+				if to == "" && l.Master == master.Index {
+					to = master.Name
+				}
 			}
 		}
-	}
-	err := g.Move(f.tables.NewMappings(c), func(x elements.Mapping) string {
-		holder, leaves := holders[x.Ext.Addr], slices.Contains(f.leaving4, x.Link)
-		switch {
-		case holder != "" && (!leaves || f.holders[x.Ext.Addr] == x.Link):
-			return holder
-		case holder == "" && !leaves && x.Ext.Addr == only:
-			return f.leaving4[0]
+		if slices.Contains(f.leaving4, x.Link) || !slices.Contains(f.leaving4, to) {
+			return x.Link
 		}
-		return x.Link
+		return to
 	})
 	if err == nil {
-		f.holders, f.leftBy = holders, f.leaving4
+		f.holders, f.leftBy, f.movedBy = holders, f.leaving4, f.user
 	}
 	return err
 }

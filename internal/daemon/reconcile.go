@@ -203,7 +203,9 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 	r.uplinks.remember(network)
 	r.links.Know(network, slices.Concat(cfg.Outside, cfg.Inside), wantsMapping(cfg) || cfg.HealFlows)
 	_, failed := r.repairRules(cfg, network)
-	failed = errors.Join(failed, r.firewall.moveMappings(cfg, network))
+	if failed == nil { // all links have their sets
+		failed = r.firewall.moveMappings(cfg, network)
+	}
 	r.broken.SawNetwork(r.network, network)
 	r.rerouted.shared = network.Shares()
 	if !network.SameRoutes(r.network) {

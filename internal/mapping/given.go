@@ -114,7 +114,8 @@ func (m *Mapper) isFormer(link string, host, addr cone.Addr) bool {
 func (g *Given) Move(kernel *elements.Mappings, to func(elements.Mapping) string) error {
 	var moves []elements.Move
 	err := kernel.List(func(x elements.Mapping, _ time.Duration) {
-		if link := to(x); link != x.Link && g.may(link, x.Int.Addr, x.Ext.Addr) {
+		host := []netip.Prefix{netip.PrefixFrom(x.Int.Addr.Netip(), 32)}
+		if link := to(x); link != x.Link && userrules.GivesAddr(g.rules, link, host, x.Ext.Addr.Netip(), g.own[link]) {
 			moves = append(moves, elements.Move{Mapping: x, To: link})
 		}
 	})

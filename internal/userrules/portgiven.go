@@ -49,15 +49,25 @@ func met(rules []SourceNAT, link string, hosts []netip.Prefix) iter.Seq2[*Source
 	}
 }
 
-// MayGiveAddr reports whether rules, as SourceNAT returns them, may give some of the hosts an
-// outside address on a link. own is as for OutsideAddrsOf. If rules translate a host on other
-// links alone, the link may have another name there, and the answer is yes.
-func MayGiveAddr(rules []SourceNAT, link string, hosts []netip.Prefix, addr, own netip.Addr) bool {
-	var here []netip.Prefix // hosts that rules translate on the link
-	for n, within := range met(rules, link, hosts) {
+// GivesAddr reports whether rules, as SourceNAT returns them, that are for a link may give some of the
+// hosts an outside address there. own is as for OutsideAddrsOf.
+func GivesAddr(rules []SourceNAT, link string, hosts []netip.Prefix, addr, own netip.Addr) bool {
+	for n := range met(rules, link, hosts) {
 		if n.mayGive(addr, own) {
 			return true
 		}
+	}
+	return false
+}
+
+// MayGiveAddr is GivesAddr, but if rules translate a host on other links alone, the link may have
+// another name there, and the answer is yes.
+func MayGiveAddr(rules []SourceNAT, link string, hosts []netip.Prefix, addr, own netip.Addr) bool {
+	var here []netip.Prefix // hosts that rules translate on the link
+	if GivesAddr(rules, link, hosts, addr, own) {
+		return true
+	}
+	for _, within := range met(rules, link, hosts) {
 		here = append(here, within...)
 	}
 	return slices.ContainsFunc(rules, func(n SourceNAT) bool {

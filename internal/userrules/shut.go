@@ -21,6 +21,7 @@ func (rs *Ruleset) Shut(outside, inside []Link, hosts []netip.Prefix) (all []con
 	if err := rs.prepare(&q, inside); err != nil {
 		return nil, err
 	}
+	q.chains = slices.DeleteFunc(q.chains, func(b baseChain) bool { return b.kind == natKind }) // the forward ends them
 	return q.shut()
 }
 
@@ -31,7 +32,7 @@ func (q *childQuery) shut() (all []cone.Shut, err error) {
 		anybody := netip.PrefixFrom(h.Addr(), 0).Masked()
 		parts[i] = shutPart{cone.Shut{Peers: anybody, Hosts: h.Masked(), Ports: cone.PortRange{Last: 0xffff}}, i}
 	}
-	for left := len(parts) + mostShutSteps/(1+q.size()); len(parts) > 0 && left > 0; left-- {
+	for left := len(parts) + mostShutSteps/q.steps(); len(parts) > 0 && left > 0; left-- {
 		p := parts[0]
 		parts = parts[1:]
 		a, halves, err := q.forwarded(p)
@@ -48,8 +49,10 @@ func (q *childQuery) shut() (all []cone.Shut, err error) {
 	return joinedShut(all), nil
 }
 
-// size is about how many rules and elements a packet may meet.
-func (q *childQuery) size() (n int) {
+// steps is about how many rules and elements packets may meet by all links. To begin costs as much as
+// 16.
+func (q *childQuery) steps() (n int) {
+	n = 16
 	seen := make(map[*table]bool)
 	for _, b := range q.chains {
 		if seen[b.table] {
@@ -63,7 +66,7 @@ func (q *childQuery) size() (n int) {
 			n += len(s.elements)
 		}
 	}
-	return n
+	return n * len(linksOrAny(q.outside))
 }
 
 // A shutPart is a part of the flows to a subnet. Its ports differ in their low bits alone.
@@ -94,6 +97,9 @@ func (q *childQuery) forwarded(p shutPart) (a Answer, halves []shutPart, err err
 		one, _, err := hookAnswer(q.chains, s, false)
 		if err != nil {
 			return Unknown, nil, err
+		}
+		if s.routing.rewritten { // the forward hook sees something else
+			one = both(one, Accepted)
 		}
 		if n == 0 {
 			a = one

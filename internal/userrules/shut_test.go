@@ -38,6 +38,8 @@ func TestShut(t *testing.T) {
 		"ports before NAT":  {inForward("ct state related accept") + "table ip raw { chain pre { type filter hook prerouting priority mangle; udp dport 5060 accept; drop; }; }", "", "any 10.47.11.109 0-65535"},
 		"open before NAT":   {strings.ReplaceAll(inForward(""), "policy drop", "policy accept") + "table ip raw { chain pre { type filter hook prerouting priority mangle; udp dport 5060 drop; }; }", "", none},
 		"behind NAT":        {"table ip raw { chain pre { type filter hook prerouting priority dstnat + 1; udp dport 5060 drop; }; }", "", "any 10.47.11.109 5060-5060"},
+		"dropped by others": {"table ip fw { chain pre { type nat hook prerouting priority dstnat; ip daddr 198.51.100.1 udp dport 5060 dnat to 10.47.11.109; drop; }; }", "", none},
+		"rewritten":         {inForward("udp dport 7000 accept") + "table ip raw { chain pre { type filter hook prerouting priority dstnat + 1; udp dport 5060 udp dport set 7000; }; }", "", "any 10.47.11.109 0-5059, any 10.47.11.109 5061-6999, any 10.47.11.109 7001-65535"},
 		"by one link alone": {inForward(`iifname "wan0" udp dport 53 accept; iifname "wan1" udp dport 54 accept`), "", "any 10.47.11.109 0-52, any 10.47.11.109 55-65535"},
 	} {
 		t.Run(name, func(t *testing.T) {
