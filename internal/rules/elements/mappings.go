@@ -156,10 +156,11 @@ func (m *Mappings) RevokeLost(ms []Mapping) error {
 		return nil
 	}
 	free := make(map[cone.Endpoint]struct{})
+	owned := func(p Mapping, _ time.Duration) { delete(free, p.Ext) }
 	err := errors.Join(
 		m.Revoke(ms),
 		m.w.list(OwnedSet, func(key, _ []byte, _ time.Duration) { free[endpoint(key)] = struct{}{} }),
-		m.List(func(p Mapping, _ time.Duration) { delete(free, p.Ext) }), // last: a packet gets both at once
+		m.List(owned), m.List(owned), // last, since a packet gets both at once; twice, since a list may miss some
 	)
 	if err != nil {
 		return err
