@@ -33,7 +33,7 @@ type hookWalk struct {
 	// are accepted, it may have most.
 	listed bool
 	at     string // the chain of the last statement
-	// translator gets the rules that may translate the packets, with the registers then. It may be nil.
+	// translator gets the rules that may translate the packets, with what the registers hold then. It may be nil.
 	translator func(r *rule, regs *cells)
 	members    *Members // nil if only the elements count that were read
 }

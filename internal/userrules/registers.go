@@ -94,21 +94,38 @@ func (r *registers) load(e expr.Any, family byte) {
 		}
 	case *expr.Bitwise:
 		r.bitwise(e)
-	case *expr.Ct:
-		if !e.SourceRegister {
-			r.put(e.Register, nil)
+	default:
+		if reg, loads := loads(e); loads {
+			r.put(reg, nil)
 		}
-	case *expr.Immediate:
-		r.put(e.Register, nil)
-	case *expr.Fib:
-		r.put(e.Register, nil)
-	case *expr.Numgen:
-		r.put(e.Register, nil)
-	case *expr.Hash:
-		r.put(e.DestRegister, nil)
-	case *expr.Exthdr:
-		r.put(e.DestRegister, nil)
 	}
+}
+
+// loads returns the register that a statement loads, if it loads one.
+func loads(e expr.Any) (reg uint32, loads bool) {
+	switch e := e.(type) {
+	case *expr.Immediate:
+		return e.Register, true
+	case *expr.Payload:
+		return e.DestRegister, e.OperationType == expr.PayloadLoad
+	case *expr.Meta:
+		return e.Register, !e.SourceRegister
+	case *expr.Ct:
+		return e.Register, !e.SourceRegister
+	case *expr.Bitwise:
+		return e.DestRegister, true
+	case *expr.Lookup:
+		return e.DestRegister, e.IsDestRegSet
+	case *expr.Fib:
+		return e.Register, true
+	case *expr.Numgen:
+		return e.Register, true
+	case *expr.Hash:
+		return e.DestRegister, true
+	case *expr.Exthdr:
+		return e.DestRegister, true
+	}
+	return 0, false
 }
 
 // plain evaluates a statement that is neither a verdict nor a lookup.

@@ -198,7 +198,8 @@ func (t *table) sourceNAT(r *rule) (n SourceNAT) {
 	loaded := make(map[uint32][]byte) // constants, by register
 	found := make(map[uint32]*set)    // maps whose values are in registers
 	for _, s := range r.statements {
-		if reg, loads := s.loads(); loads {
+		if reg, loads := loads(s.expr); loads {
+			delete(loaded, reg)
 			delete(found, reg)
 		} else if s.expr == nil { // not understood
 			clear(found)
@@ -207,14 +208,9 @@ func (t *table) sourceNAT(r *rule) (n SourceNAT) {
 		case *expr.Immediate:
 			loaded[e.Register] = e.Data
 		case *expr.Lookup:
-			delete(loaded, e.DestRegister)
 			if e.IsDestRegSet {
 				found[e.DestRegister] = t.sets[e.SetName]
 			}
-		case *expr.Numgen:
-			delete(loaded, e.Register)
-		case *expr.Hash:
-			delete(loaded, e.DestRegister)
 		case *expr.NAT:
 			if s.translatesSource() {
 				n.nat(e, loaded, found)
@@ -231,37 +227,6 @@ func (t *table) sourceNAT(r *rule) (n SourceNAT) {
 		}
 	}
 	return n
-}
-
-// loads returns the register that a statement loads, if it loads one.
-func (s *statement) loads() (reg uint32, loads bool) {
-	switch e := s.expr.(type) {
-	case *expr.Immediate:
-		return e.Register, true
-	case *expr.Payload:
-		return e.DestRegister, e.OperationType == expr.PayloadLoad
-	case *expr.Meta:
-		return e.Register, !e.SourceRegister
-	case *expr.Ct:
-		return e.Register, !e.SourceRegister
-	case *expr.Bitwise:
-		return e.DestRegister, true
-	case *expr.Byteorder:
-		return e.DestRegister, true
-	case *expr.Lookup:
-		return e.DestRegister, e.IsDestRegSet
-	case *expr.Numgen:
-		return e.Register, true
-	case *expr.Hash:
-		return e.DestRegister, true
-	case *expr.Fib:
-		return e.Register, true
-	case *expr.Rt:
-		return e.Register, true
-	case *expr.Socket:
-		return e.Register, true
-	}
-	return 0, false
 }
 
 // nat adds a statement that translates to an address, with the constants and the maps of the registers.
