@@ -88,13 +88,18 @@ func (f *firewall) given(c *rules.MappingConfig, network gateway.Network) *mappi
 	return mapping.NewGiven(f.sources, f.ownAddrs, links, c.Subnets, flows.NewSources(network, f.known).Lost)
 }
 
-// moveMappings lets mappings follow their outside address to the link that has it now, or of which their
-// own has become a port, if packets leave by that one and no longer by their own. So a host keeps its
-// outside endpoint when its uplink becomes a port of a bridge, or is another link. A link that is only
-// down keeps its mappings: it comes back.
+// moveMappings moves mappings from links by which packets no longer leave: to the link that has their
+// outside address now or, for an address of no link, to the bridge of which their link has become a port.
+// So a host keeps its outside endpoint when another link becomes the uplink. Mappings stay on a link
+// that still has the address, but is down: it may come back.
 func (f *firewall) moveMappings(cfg config.Config, network gateway.Network) error {
+	leaves := func(link string) bool { return slices.Contains(f.leaving4, link) }
+	if !f.maps() || !slices.ContainsFunc(f.mappedLinks, func(link string) bool { return !leaves(link) }) {
+		f.movedBy = nil // the next time is new
+		return nil
+	}
 	c, holders := f.mappingConfig(cfg), outsideAddrs(network)
-	if c == nil || !f.maps() || maps.Equal(holders, f.holders) && slices.Equal(f.leaving4, f.leftBy) && f.user == f.movedBy {
+	if c == nil || maps.Equal(holders, f.holders) && slices.Equal(f.leaving4, f.leftBy) && f.user == f.movedBy {
 		return nil
 	}
 	g := f.given(c, network)
@@ -102,19 +107,20 @@ func (f *firewall) moveMappings(cfg config.Config, network gateway.Network) erro
 		return nil
 	}
 	err := g.Move(f.tables.NewMappings(c), func(x elements.Mapping) string {
+		if leaves(x.Link) {
+			return x.Link
+		}
 		to := holders[x.Ext.Addr]
 		if i := slices.IndexFunc(network.Links, func(l gateway.Link) bool { return l.Name == x.Link }); i >= 0 {
 			l := network.Links[i]
 			if slices.ContainsFunc(network.Addrs, func(a gateway.Addr) bool { return a.Link == l.Index && a.Prefix.Addr() == x.Ext.Addr.Netip() }) {
 				return x.Link
 			}
-			for _, master := range network.Links {
-				if to == "" && l.Master == master.Index {
-					to = master.Name
-				}
+			if m := slices.IndexFunc(network.Links, func(m gateway.Link) bool { return m.Index == l.Master }); to == "" && m >= 0 {
+				to = network.Links[m].Name
 			}
 		}
-		if slices.Contains(f.leaving4, x.Link) || !slices.Contains(f.leaving4, to) {
+		if !leaves(to) {
 			return x.Link
 		}
 		return to

@@ -114,8 +114,12 @@ func (m *Mapper) isFormer(link string, host, addr cone.Addr) bool {
 func (g *Given) Move(kernel *elements.Mappings, to func(elements.Mapping) string) error {
 	var moves []elements.Move
 	err := kernel.List(func(x elements.Mapping, _ time.Duration) {
+		link := to(x)
+		if link == x.Link {
+			return
+		}
 		host := []netip.Prefix{netip.PrefixFrom(x.Int.Addr.Netip(), 32)}
-		if link := to(x); link != x.Link && userrules.GivesAddr(g.rules, link, host, x.Ext.Addr.Netip(), g.own[link]) {
+		if userrules.GivesAddr(g.rules, link, host, x.Ext.Addr.Netip(), g.own[link]) {
 			moves = append(moves, elements.Move{Mapping: x, To: link})
 		}
 	})
