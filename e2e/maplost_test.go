@@ -266,8 +266,8 @@ func TestNFTLostChildrenAreToldForEachSubnet(t *testing.T) {
 // A rule of the user's gives all packets of an outside port to another host, so there is nothing
 // that the map could admit, and nothing that the firewall should let in.
 //
-// Fails when the permission on that port is told of as lost, and when it is not once packets of some
-// peers may reach the map.
+// Fails when status warns of that permission, and when it does not warn although a rule leaves the packets
+// of some peers to the map.
 func TestForwardOfAllPacketsBehindRelatedAloneIsNotTold(t *testing.T) {
 	stage.NeedsExpect(t)
 	const (

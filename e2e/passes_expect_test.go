@@ -40,10 +40,7 @@ func TestExpectationAlonePassesOnceTheDaemonReads(t *testing.T) {
 			t.Run(name+"/"+state, func(t *testing.T) {
 				s := stage.New(t, lab.Options{Inside: 2, Rules: up.rules})
 				s.Start(stage.Flags(up.mode)...)
-				former, next := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
-				proxy := s.PeerSocket(lab.PeerA, 5060)
-				ext := s.Contact(former, proxy)
-				s.Stands(former, proxy, ext)
+				former, next, proxy, ext := onePort(s)
 				change.stop(s)
 				passOn(s, next, proxy)
 				s.Arrives(next, proxy, ext)
@@ -74,20 +71,12 @@ func TestExpectationAlonePassesOnceTheDaemonReads(t *testing.T) {
 func TestExpectationAlonePassesNothingOnWithMapping(t *testing.T) {
 	t.Parallel() // mostly it waits
 	stage.NeedsExpect(t)
-	states := map[string]func(s *stage.Scene){
-		"running": func(*stage.Scene) {},
-		"stopped": func(s *stage.Scene) { s.Must(s.Daemon.Pause()) },
-		"dead":    (*stage.Scene).Kill,
-	}
 	for name, up := range alone {
-		for state, to := range states {
+		for state, to := range daemonStates {
 			t.Run(name+"/"+state, func(t *testing.T) {
 				s := stage.New(t, lab.Options{Inside: 2, Rules: up.rules})
 				s.Start(stage.Flags(up.mode, "--mapping=endpoint_independent")...)
-				former, next := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
-				proxy := s.PeerSocket(lab.PeerA, 5060)
-				ext := s.Contact(former, proxy)
-				s.Stands(former, proxy, ext)
+				former, next, proxy, ext := onePort(s)
 				to(s)
 				_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "5060")
 				s.Must(err)

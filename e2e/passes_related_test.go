@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"maps"
 	"slices"
 	"testing"
 
@@ -45,12 +46,8 @@ func passOn(s *stage.Scene, next, peer *lab.Socket) {
 func TestPortPassesBehindRelatedAlone(t *testing.T) {
 	t.Parallel() // mostly it waits
 	stage.NeedsExpect(t)
-	states := map[string]func(s *stage.Scene){
-		"running": func(*stage.Scene) {},
-		"stopped": func(s *stage.Scene) { s.Must(s.Daemon.Pause()) },
-		"dead":    (*stage.Scene).Kill,
-		"kept":    (*stage.Scene).Stop,
-	}
+	states := maps.Clone(daemonStates)
+	states["kept"] = (*stage.Scene).Stop
 	for firewall := range relatedAlone {
 		for state, to := range states {
 			for _, group := range []string{"", "--peer-group=203.0.113.0/29"} {

@@ -1,11 +1,29 @@
 package e2e
 
 import (
+	"net/netip"
 	"testing"
 
 	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
 )
+
+// daemonStates bring a daemon into states in which an outside port may pass to another inside host.
+var daemonStates = map[string]func(s *stage.Scene){
+	"running": func(*stage.Scene) {},
+	"stopped": func(s *stage.Scene) { s.Must(s.Daemon.Pause()) },
+	"dead":    (*stage.Scene).Kill,
+}
+
+// onePort returns two inside hosts that send from one port. The former has sent to the proxy by ext, and
+// his permission stands.
+func onePort(s *stage.Scene) (former, next, proxy *lab.Socket, ext netip.AddrPort) {
+	s.T.Helper()
+	former, next, proxy = s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext = s.Contact(former, proxy)
+	s.Stands(former, proxy, ext)
+	return former, next, proxy, ext
+}
 
 // An outside port passes to another inside host while the old host's permission still
 // stands. The peer sends at once, from another port, and reaches the new host, whether
@@ -15,29 +33,21 @@ import (
 // when the model revokes the old permission before it grants the new one.
 func TestNFTPortPassesToAnotherHost(t *testing.T) {
 	t.Parallel() // mostly it waits
-	states := []struct {
-		name string
-		to   func(s *stage.Scene)
-	}{
-		{"running", func(*stage.Scene) {}},
-		{"stopped", func(s *stage.Scene) { s.Must(s.Daemon.Pause()) }},
-		{"dead", (*stage.Scene).Kill},
-	}
 	for _, mode := range [][]string{
 		stage.NFT,
 		stage.Auto,
 		append(stage.Auto, "--peer-group=203.0.113.0/24"),
 		append(stage.NFT, "--filtering=endpoint_independent"),
 	} {
-		for _, state := range states {
-			t.Run(mode[len(mode)-1]+"/"+state.name, func(t *testing.T) {
+		for state, to := range daemonStates {
+			t.Run(mode[len(mode)-1]+"/"+state, func(t *testing.T) {
 				s := stage.New(t, lab.Options{Inside: 2})
 				s.Start(stage.Flags(mode)...)
 				former, next := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
 				proxy := s.PeerSocket(lab.PeerA, 5060)
 				ext := s.Contact(former, proxy)
 				s.Until("it stands", func() bool { return len(s.List()) == 1 && s.List()[0].State == "standing" })
-				state.to(s)
+				to(s)
 				for i := range uint16(10) {
 					_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "5060")
 					s.Must(err)
@@ -70,10 +80,7 @@ func TestExpectationPassesToAnotherHost(t *testing.T) {
 		t.Run(tc.mode[0]+" "+tc.carriers, func(t *testing.T) {
 			s := stage.New(t, lab.Options{Inside: 2, Rules: tc.rules})
 			s.Start(stage.Flags(tc.mode)...)
-			former, next := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
-			proxy := s.PeerSocket(lab.PeerA, 5060)
-			ext := s.Contact(former, proxy)
-			s.Stands(former, proxy, ext)
+			former, next, proxy, ext := onePort(s)
 			for i := range uint16(10) {
 				_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "5060")
 				s.Must(err)

@@ -124,7 +124,7 @@ func (a *Auditor) finish(ended bool, wait <-chan time.Time) {
 	a.log = nil
 }
 
-// run writes events until the end, and then those that are there already.
+// run writes events until it is told to end, and then those that wait already.
 func (a *Auditor) run(log *Log, w *watch.Watcher, end *auditEnd, done chan struct{}) {
 	defer close(done)
 	a.sync(log, end.stop) // after a reload there may be mappings already
